@@ -1,0 +1,35 @@
+/*
+ * The event record: what `vmm --events FILE` writes, and the only thing that checks, grader and
+ * timeline read. JSON Lines: one JSON object a line, each with
+ *
+ *   seq    number of the event, from 0, without gaps
+ *   ns     nanoseconds since the VMM started, CLOCK_MONOTONIC
+ *   kind   one of the kinds below, or a kind of the lesson's host half
+ *
+ * Addresses and values are strings "0x..." (JSON numbers end at 2^53); counts and flags (0, 1) are
+ * numbers. A reader ignores fields it does not know; a field that changes its meaning changes
+ * EVENTS_VERSION.
+ *
+ *   start     version, image, seed, memory_mib, irqchip
+ *   exit      KVM_RUN returned. exit: its number, from 1; reason: KVM_EXIT_* without the prefix;
+ *             rip, symbol ("name+0x1a", only if the image has one), if_flag; guest_ns: time in
+ *             KVM_RUN, vmm_ns: time that the VMM spent on the exit before this one; and by reason:
+ *     IO      port, is_write, size, count, data (hex of size * count bytes, as seen by the guest
+ *             after the access), device (absent if none claims it)
+ *     MMIO    gpa, is_write, size, data, device
+ *             rip of an exit that KVM emulated may be that of the instruction or of the next one.
+ *   unknown   an access that no device claims: space ("port" or "gpa"), address, is_write, size
+ *   panic     the guest gave up: reason ("exception", "message", "todo"), and where the guest named
+ *             them message, location; of an exception vector, error_code, cr2, rip, symbol
+ *   triple_fault, emulation_failure, hang
+ *             rip, symbol; of a triple fault vector, error_code and cr2 of the first fault, where
+ *             it could be found out
+ *   end       the last one: status (of the VMM, 0 to 5), how ("exit", "halt", "panic",
+ *             "triple fault", "emulation failure", "time limit", "unknown access", ...), exits,
+ *             guest_ns, vmm_ns
+ *
+ * A record without an `end` event is of a VMM that was killed.
+ */
+#pragma once
+
+#define EVENTS_VERSION 1

@@ -1,0 +1,107 @@
+/*
+ * The host half's view of the VMM. A lesson whose subject is the host has a host.c that is linked
+ * with vmm.c; it defines `host_half` and calls the functions below. vmm.c works without one.
+ *
+ * Everything runs on the VMM's one thread. An address called _gpa is guest-physical, _gva is
+ * guest-virtual; the only way to a pointer is host_memory(), and its answer must be looked at.
+ */
+#pragma once
+
+#include <linux/kvm.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "x86.h"
+
+typedef uint64_t gpa_t;
+typedef uint64_t gva_t;
+
+/*
+ * One access by the guest to a port or to an MMIO address, as KVM reports it. A string instruction
+ * (`rep outs`, `rep ins`) may arrive as one access with count > 1; whether it does is KVM's choice.
+ * data has size * count bytes, little-endian: read it when is_write, fill it when not.
+ */
+struct access {
+    uint64_t address; /* port or gpa of each of the count elements (they do not advance) */
+    uint32_t size;    /* bytes of one element: 1, 2 or 4; MMIO up to 8 */
+    uint32_t count;   /* elements; always 1 for MMIO */
+    bool is_write;
+    uint8_t *data;
+};
+typedef void (*access_handler)(struct access *access);
+
+/* What a lesson's host half does; every member may be NULL. */
+struct host_half {
+    /* Once, when the machine is built and the image is loaded, before the first entry. */
+    void (*setup)(void);
+    /* Before every entry: the place to inject. */
+    void (*before_entry)(void);
+    /* An access to a gpa that is neither memory nor claimed. True: served, the run goes on. False:
+     * it is what the machine note says unknown I/O is. */
+    bool (*memory_event)(struct access *access);
+    /* Once, after the last exit of a run that ended by itself or by its time limit. */
+    void (*end)(void);
+};
+extern const struct host_half host_half;
+
+/* Claim ports or gpas, in setup. A range that overlaps a claimed one is a bug of the host half and
+ * ends the VMM with one line. An access that straddles the end of a range belongs to nobody. */
+void host_claim_pio(uint16_t first, uint32_t ports, const char *name, access_handler handler);
+void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_handler handler);
+
+/* The seed of this run (--seed), the same that the guest finds on its command line. */
+uint64_t host_seed(void);
+
+/* The bytes [gpa, gpa + size) of guest memory, or NULL if any of them lies outside. Valid until the
+ * VMM ends; the guest writes there too while it runs. */
+__attribute__((warn_unused_result)) void *host_memory(gpa_t gpa, uint64_t size);
+
+/* The registers at this exit, as KVM_CAP_SYNC_REGS brought them. */
+const struct kvm_regs *host_regs(void);
+const struct kvm_sregs *host_sregs(void);
+
+/* KVM's own answer to gva -> gpa, in the vCPU's current address space: KVM_TRANSLATE. KVM walks as
+ * the CPU does: it sets the accessed bits of the entries it uses. */
+struct kvm_translation host_translate(gva_t gva);
+
+/*
+ * The VMM's walk of the guest's page tables from root_gpa (CR3), without side effects on them. The
+ * mode (paging off, four levels, five) is the vCPU's current one; 32-bit paging is not modelled.
+ * Where the walk stopped and why, each entry it read, and what the path permits.
+ */
+enum walk_end {
+    WALK_MAPPED,
+    WALK_NOT_PRESENT,
+    WALK_RESERVED_BIT,   /* a large-page bit in a PML4 or PML5 entry */
+    WALK_OUTSIDE_MEMORY, /* the next table is not in guest memory */
+    WALK_NOT_CANONICAL,
+    WALK_NOT_MODELLED,
+};
+struct walk {
+    enum walk_end end;
+    unsigned steps; /* entries read: entry[0] is of the top level */
+    unsigned top_level;
+    struct {
+        gpa_t gpa;
+        uint64_t value;
+    } entry[5];
+    gpa_t gpa;          /* of the byte at gva, if WALK_MAPPED */
+    uint64_t page_size; /* bytes, if WALK_MAPPED */
+    uint64_t permits;   /* PTE_WRITABLE, PTE_USER and PTE_NO_EXECUTE, combined over the path */
+};
+struct walk host_walk(gpa_t root_gpa, gva_t gva);
+
+/*
+ * Add an event of the host half's own to the record (events.h): begin, fields, end. Does nothing
+ * if the run records no events. Names are plain ASCII; strings are escaped.
+ */
+void event_begin(const char *kind);
+void event_number(const char *name, uint64_t value); /* a count or a flag: decimal */
+void event_hex(const char *name, uint64_t value);    /* an address or a value: "0x..." */
+void event_string(const char *name, const char *value);
+void event_bytes(const char *name, const void *bytes, uint64_t size); /* "00ff..." */
+void event_end(void);
+
+/* End the run: the student has not written this part yet. */
+#define HOST_TODO(task) host_todo(__FILE__, __LINE__, task)
+_Noreturn void host_todo(const char *file, int line, const char *task);

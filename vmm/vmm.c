@@ -1,0 +1,1996 @@
+/*
+ * kvmlab's virtual machine monitor: one guest, one vCPU, one file.
+ *
+ * How to read it. main(), at the end, is the table of contents: each line is one stage in the life
+ * of a virtual machine. The sections stand in the order in which a machine comes to life, and each
+ * uses only what stands above it:
+ *
+ *   Errors          one line, an exit status, and what to do next
+ *   Events          the record of all that happened (include/events.h)
+ *   Options         what the caller asked for
+ *   Memory          the guest's RAM, and the one checked way to it
+ *   Image           ELF and Multiboot files, their notes and their symbols
+ *   Machine         /dev/kvm: the VM, its memory slot, its vCPU
+ *   Entry state     the registers and the boot data that an entry point expects
+ *   Page walk       gva -> gpa in software, as the CPU does it
+ *   Post-mortem     what to tell a student whose guest has died
+ *   Bus             who answers at a port or at an address
+ *   Devices         COM1 and the three ports of include/machine.h
+ *   Exits           what to do when KVM_RUN returns, one row for each reason
+ *   Run             enter the guest, leave it, until something ends the run
+ *   Host-half API   what a lesson's host.c may call (include/host.h)
+ *
+ * The loop that everything else serves is vm_run(): prepare the entry, KVM_RUN, look at the exit.
+ * All guest state that an exit needs arrives with it in the shared kvm_run page (KVM_CAP_SYNC_REGS),
+ * so an exit costs one system call.
+ *
+ * Words: a gva is a guest-virtual address, a gpa guest-physical, an hva one of this process. Guest
+ * memory and every number the guest chose are hostile: memory_at() is the only way from a gpa to a
+ * pointer.
+ */
+#include <asm/processor-flags.h>
+#include <assert.h>
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <linux/kvm.h>
+#include <linux/serial_reg.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <time.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include "events.h"
+#include "host.h"
+#include "machine.h"
+#include "pvh.h"
+#include "x86.h"
+
+#define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
+#define MIB (UINT64_C(1) << 20)
+
+/* The host half is optional: without a host.c the linker leaves this undefined, at address 0. */
+#pragma weak host_half
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Errors */
+
+/* The exit status of the VMM; README lists them, and `make run` passes them on. */
+enum status {
+    STATUS_OK = 0,     /* the guest ended the run, content */
+    STATUS_FAILED = 1, /* the guest ended the run, reporting failure, or is not written yet */
+    STATUS_USAGE = 2,  /* the command line makes no sense */
+    STATUS_CRASH = 3,  /* triple fault, unhandled exception, emulation failure, unknown access */
+    STATUS_HANG = 4,   /* the time limit, or a halt that nothing can end */
+    STATUS_HOST = 5,   /* the host refused something: KVM, a file, memory */
+    STATUS_SIGNALLED = 128, /* plus the number of the signal */
+};
+
+static void events_close(enum status status, const char *how);
+
+/* Something outside the guest is wrong: say so in one line and leave. */
+__attribute__((format(printf, 2, 3))) static _Noreturn void die(enum status status,
+                                                                const char *format, ...) {
+    va_list arguments;
+    fflush(stdout);
+    fputs("vmm: ", stderr);
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+    events_close(status, "host failure");
+    exit(status);
+}
+
+static int ioctl_or_die(int fd, unsigned long request, const char *name, void *argument) {
+    int result = ioctl(fd, request, argument);
+    if (result < 0)
+        die(STATUS_HOST, "%s failed: %s", name, strerror(errno));
+    return result;
+}
+
+/* An ioctl whose argument is a number, and one whose argument is a structure of the size that the
+ * request itself encodes. KVM_GET/SET_CPUID2 and the like encode the size of the fixed part. */
+#define KVM_CALL(fd, request, number) \
+    ioctl_or_die(fd, request, #request, (void *)(uintptr_t)(number))
+#define KVM_PASS(fd, request, pointer)                                                           \
+    ({                                                                                           \
+        _Static_assert(_IOC_SIZE(request) == sizeof *(pointer), #request " takes another type"); \
+        ioctl_or_die(fd, request, #request, pointer);                                            \
+    })
+
+static uint64_t clock_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Events */
+
+/* What a run has cost so far. Kept here because both the record and the summary tell it. */
+static struct {
+    uint64_t started_ns;
+    uint64_t exits;
+    uint64_t guest_ns; /* inside KVM_RUN */
+    uint64_t vmm_ns;   /* between two KVM_RUN */
+} run_totals;
+
+static struct {
+    FILE *file; /* NULL: nothing is recorded */
+    const char *path;
+    uint64_t sequence;
+} events;
+
+static void events_open(const char *path) {
+    events.path = path;
+    events.file = fopen(path, "we");
+    if (!events.file)
+        die(STATUS_HOST, "cannot write the events to %s: %s", path, strerror(errno));
+}
+
+void event_begin(const char *kind) {
+    if (events.file)
+        fprintf(events.file, "{\"seq\":%" PRIu64 ",\"ns\":%" PRIu64 ",\"kind\":\"%s\"",
+                events.sequence++, clock_ns() - run_totals.started_ns, kind);
+}
+
+void event_number(const char *name, uint64_t value) {
+    if (events.file)
+        fprintf(events.file, ",\"%s\":%" PRIu64, name, value);
+}
+
+void event_hex(const char *name, uint64_t value) {
+    if (events.file)
+        fprintf(events.file, ",\"%s\":\"0x%" PRIx64 "\"", name, value);
+}
+
+/* Strings come from the guest, too: anything that is not plain ASCII is escaped byte by byte. */
+void event_string(const char *name, const char *value) {
+    if (!events.file)
+        return;
+    fprintf(events.file, ",\"%s\":\"", name);
+    for (const char *c = value; *c; c++) {
+        if (*c == '"' || *c == '\\')
+            fprintf(events.file, "\\%c", *c);
+        else if (*c < 0x20 || *c > 0x7e)
+            fprintf(events.file, "\\u%04x", (unsigned)(uint8_t)*c);
+        else
+            fputc(*c, events.file);
+    }
+    fputc('"', events.file);
+}
+
+void event_bytes(const char *name, const void *bytes, uint64_t size) {
+    if (!events.file)
+        return;
+    fprintf(events.file, ",\"%s\":\"", name);
+    for (uint64_t i = 0; i < size; i++)
+        fprintf(events.file, "%02x", ((const uint8_t *)bytes)[i]);
+    fputc('"', events.file);
+}
+
+void event_end(void) {
+    if (events.file)
+        fputs("}\n", events.file);
+}
+
+static void events_close(enum status status, const char *how) {
+    event_begin("end");
+    event_number("status", status);
+    event_string("how", how);
+    event_number("exits", run_totals.exits);
+    event_number("guest_ns", run_totals.guest_ns);
+    event_number("vmm_ns", run_totals.vmm_ns);
+    event_end();
+    if (!events.file)
+        return;
+    bool failed = ferror(events.file) != 0;
+    failed |= fclose(events.file) != 0;
+    events.file = NULL;
+    if (failed)
+        die(STATUS_HOST, "cannot write the events to %s: %s", events.path, strerror(errno));
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Options */
+
+static const char *const irqchip_names[] = {
+    [MACHINE_IRQCHIP_NONE] = "none",
+    [MACHINE_IRQCHIP_SPLIT] = "split",
+    [MACHINE_IRQCHIP_KERNEL] = "kernel",
+};
+
+static const char *const unknown_io_names[] = {
+    [MACHINE_UNKNOWN_IO_FATAL] = "fatal",
+    [MACHINE_UNKNOWN_IO_IGNORE] = "ignore",
+};
+
+#define NOT_GIVEN UINT32_MAX
+
+static struct {
+    const char *image;
+    const char *append;
+    const char *events;
+    const char *debugcon;
+    const char *kvm;
+    uint64_t seed;
+    double time_limit; /* seconds; 0: none */
+    bool summary;
+    struct machine_note machine; /* NOT_GIVEN where the image's note decides */
+} options = {
+    .kvm = "/dev/kvm",
+    .time_limit = 10,
+    .machine = {.memory_mib = NOT_GIVEN, .irqchip = NOT_GIVEN, .unknown_io = NOT_GIVEN},
+};
+
+static const char help_text[] =
+    "usage: vmm [OPTION]... IMAGE\n"
+    "\n"
+    "Run IMAGE, an ELF file with a PVH entry note or a Multiboot 1 kernel, in a virtual machine\n"
+    "on KVM. COM1 is standard input and output. What machine an image needs stands in its machine\n"
+    "note (include/machine.h); the first three options override it.\n"
+    "\n"
+    "  -m, --memory=MIB             guest memory, 1 to 3072 MiB (without a note: 64)\n"
+    "  -i, --irqchip=none|split|kernel\n"
+    "                               where the interrupt controller lives (without a note: none)\n"
+    "  -u, --unknown-io=fatal|ignore\n"
+    "                               an access that no device answers (without a note: fatal)\n"
+    "  -s, --seed=NUMBER            put seed=NUMBER on the guest's command line (default: 0)\n"
+    "  -a, --append=TEXT            add TEXT to the guest's command line\n"
+    "  -t, --time-limit=SECONDS     end a run that takes longer; 0 is no limit (default: 10)\n"
+    "  -e, --events=FILE            record what happens as JSON Lines (include/events.h)\n"
+    "  -d, --debugcon=FILE          write the bytes the guest sends to port 0xe9 to FILE\n"
+    "  -S, --summary                after the run, say what the exits were and what they cost\n"
+    "  -k, --kvm=FILE               the KVM device (default: /dev/kvm)\n"
+    "  -h, --help                   print this help and leave\n"
+    "\n"
+    "Exit status: 0 the guest ended the run and reported success; 1 it reported failure, or a "
+    "part\n"
+    "is not written yet; 2 usage; 3 the guest crashed; 4 it hung; 5 the host refused something;\n"
+    "128+n ended by signal n.\n";
+
+static const struct option long_options[] = {
+    {"memory", required_argument, NULL, 'm'},
+    {"irqchip", required_argument, NULL, 'i'},
+    {"unknown-io", required_argument, NULL, 'u'},
+    {"seed", required_argument, NULL, 's'},
+    {"append", required_argument, NULL, 'a'},
+    {"time-limit", required_argument, NULL, 't'},
+    {"events", required_argument, NULL, 'e'},
+    {"debugcon", required_argument, NULL, 'd'},
+    {"summary", no_argument, NULL, 'S'},
+    {"kvm", required_argument, NULL, 'k'},
+    {"help", no_argument, NULL, 'h'},
+    {NULL, 0, NULL, 0},
+};
+
+static uint64_t option_number(const char *name, const char *text, uint64_t min, uint64_t max) {
+    char *end;
+    errno = 0;
+    uint64_t value = strtoull(text, &end, 0);
+    if (text[0] < '0' || text[0] > '9' || *end || errno || value < min || value > max)
+        die(STATUS_USAGE, "--%s=%s: expected a number from %" PRIu64 " to %" PRIu64, name, text,
+            min, max);
+    return value;
+}
+
+static double option_seconds(const char *name, const char *text) {
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= 0 && value <= 86400))
+        die(STATUS_USAGE, "--%s=%s: expected a number of seconds from 0 to 86400", name, text);
+    return value;
+}
+
+static uint32_t option_choice(const char *name, const char *text, const char *const *choices,
+                              uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        if (!strcmp(text, choices[i]))
+            return i;
+    die(STATUS_USAGE, "--%s=%s: there is no such choice; `vmm --help` lists them", name, text);
+}
+
+static void option_take(int option, const char *value) {
+    switch (option) {
+    case 'm':
+        options.machine.memory_mib =
+            (uint32_t)option_number("memory", value, 1, MACHINE_MEMORY_MIB_MAX);
+        break;
+    case 'i':
+        options.machine.irqchip =
+            option_choice("irqchip", value, irqchip_names, LENGTH(irqchip_names));
+        break;
+    case 'u':
+        options.machine.unknown_io =
+            option_choice("unknown-io", value, unknown_io_names, LENGTH(unknown_io_names));
+        break;
+    case 's': options.seed = option_number("seed", value, 0, UINT64_MAX); break;
+    case 'a': options.append = value; break;
+    case 't': options.time_limit = option_seconds("time-limit", value); break;
+    case 'e': options.events = value; break;
+    case 'd': options.debugcon = value; break;
+    case 'S': options.summary = true; break;
+    case 'k': options.kvm = value; break;
+    case 'h': fputs(help_text, stdout); exit(fflush(stdout) ? STATUS_HOST : STATUS_OK);
+    default: /* getopt_long has said what is wrong, in one line */ exit(STATUS_USAGE);
+    }
+}
+
+static void options_parse(int argc, char **argv) {
+    int option;
+    while ((option = getopt_long(argc, argv, "m:i:u:s:a:t:e:d:Sk:h", long_options, NULL)) != -1)
+        option_take(option, optarg);
+    if (optind == argc)
+        die(STATUS_USAGE, "which image? usage: vmm [OPTION]... IMAGE; `vmm --help` explains");
+    if (optind + 1 < argc)
+        die(STATUS_USAGE, "one image at a time: %s is one too many", argv[optind + 1]);
+    options.image = argv[optind];
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Memory */
+
+/* RAM is one memory slot from gpa 0. */
+static struct {
+    uint8_t *hva;
+    uint64_t size;
+} memory;
+
+static void memory_create(uint64_t size) {
+    memory.hva = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory.hva == MAP_FAILED)
+        die(STATUS_HOST, "cannot get %" PRIu64 " MiB for the guest: %s; try a smaller --memory",
+            size / MIB, strerror(errno));
+    memory.size = size;
+}
+
+/* The one way from a gpa to a pointer: NULL unless all of [gpa, gpa + size) is RAM. Written so that
+ * no sum can wrap: both numbers may be the guest's. */
+__attribute__((warn_unused_result)) static void *memory_at(gpa_t gpa, uint64_t size) {
+    if (size > memory.size || gpa > memory.size - size)
+        return NULL;
+    return memory.hva + gpa;
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Image */
+
+/* An image that has more is not one of ours, nor a kernel: it is damaged or malicious. */
+#define SEGMENTS_MAX 64
+#define SYMBOLS_MAX (1u << 20)
+
+/* One byte range of the file that becomes one byte range of guest memory; the rest is zero. */
+struct segment {
+    uint64_t offset, file_size;
+    gpa_t gpa;
+    uint64_t memory_size;
+};
+
+struct symbol {
+    uint64_t gva;
+    const char *name;
+};
+
+enum entry_protocol { ENTRY_PVH, ENTRY_MULTIBOOT };
+
+static struct {
+    const uint8_t *bytes;
+    uint64_t size;
+    bool is_elf;
+    Elf64_Ehdr elf; /* ELF32 widened */
+    struct segment segments[SEGMENTS_MAX];
+    unsigned segment_count;
+    enum entry_protocol protocol;
+    gpa_t entry;
+    struct symbol *symbols; /* by gva */
+    size_t symbol_count;
+} image;
+
+/* What the boot data structures take, from BOOT_DATA_GPA; no segment may lie there. */
+#define BOOT_DATA_GPA UINT64_C(0x6000)
+#define BOOT_DATA_SIZE UINT64_C(0x2000)
+#define COMMAND_LINE_MAX 2048
+
+#define image_die(...) die(STATUS_HOST, __VA_ARGS__)
+
+static void image_open(void) {
+    int fd = open(options.image, O_RDONLY | O_CLOEXEC);
+    struct stat status;
+    if (fd < 0 || fstat(fd, &status) < 0)
+        image_die("cannot read the image %s: %s", options.image, strerror(errno));
+    if (!S_ISREG(status.st_mode))
+        image_die("the image %s is not a file", options.image);
+    if (status.st_size == 0)
+        image_die("the image %s is empty", options.image);
+    image.size = (uint64_t)status.st_size;
+    image.bytes = mmap(NULL, image.size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (image.bytes == MAP_FAILED)
+        image_die("cannot read the image %s: %s", options.image, strerror(errno));
+    close(fd);
+}
+
+static bool image_has(uint64_t offset, uint64_t size) {
+    return size <= image.size && offset <= image.size - size;
+}
+
+/* Copied out, since nothing in a file need be aligned. */
+static bool image_read(uint64_t offset, void *to, uint64_t size) {
+    if (!image_has(offset, size))
+        return false;
+    memcpy(to, image.bytes + offset, size);
+    return true;
+}
+
+/* The bytes of an array member, or false if its index makes no sense. */
+static bool image_read_item(uint64_t base, uint64_t index, void *to, uint64_t size) {
+    return base <= image.size && index <= image.size / size &&
+           image_read(base + index * size, to, size);
+}
+
+static bool image_elf_header(void) {
+    unsigned char ident[EI_NIDENT];
+    if (!image_read(0, ident, sizeof ident) || memcmp(ident, ELFMAG, SELFMAG) != 0)
+        return false;
+    if (ident[EI_CLASS] == ELFCLASS64 && ident[EI_DATA] == ELFDATA2LSB) {
+        if (!image_read(0, &image.elf, sizeof image.elf))
+            image_die("%s: the ELF header is truncated", options.image);
+    } else if (ident[EI_CLASS] == ELFCLASS32 && ident[EI_DATA] == ELFDATA2LSB) {
+        Elf32_Ehdr narrow;
+        if (!image_read(0, &narrow, sizeof narrow))
+            image_die("%s: the ELF header is truncated", options.image);
+        memcpy(image.elf.e_ident, ident, sizeof ident);
+        image.elf.e_machine = narrow.e_machine;
+        image.elf.e_entry = narrow.e_entry;
+        image.elf.e_phoff = narrow.e_phoff;
+        image.elf.e_phnum = narrow.e_phnum;
+    } else {
+        image_die("%s: an ELF file for another machine (class %u, data %u)", options.image,
+                  ident[EI_CLASS], ident[EI_DATA]);
+    }
+    bool is_64 = ident[EI_CLASS] == ELFCLASS64;
+    if (image.elf.e_machine != (is_64 ? EM_X86_64 : EM_386))
+        image_die("%s: an ELF file for another machine (e_machine %u; x86-64 is %u)", options.image,
+                  image.elf.e_machine, EM_X86_64);
+    if (image.elf.e_phnum > SEGMENTS_MAX)
+        image_die("%s: %u program headers are absurd (at most %u)", options.image,
+                  image.elf.e_phnum, SEGMENTS_MAX);
+    return true;
+}
+
+static Elf64_Phdr image_program_header(unsigned index) {
+    Elf64_Phdr wide;
+    bool complete;
+    if (image.elf.e_ident[EI_CLASS] == ELFCLASS64) {
+        complete = image_read_item(image.elf.e_phoff, index, &wide, sizeof wide);
+    } else {
+        Elf32_Phdr narrow = {0};
+        complete = image_read_item(image.elf.e_phoff, index, &narrow, sizeof narrow);
+        wide = (Elf64_Phdr){.p_type = narrow.p_type,
+                            .p_offset = narrow.p_offset,
+                            .p_paddr = narrow.p_paddr,
+                            .p_filesz = narrow.p_filesz,
+                            .p_memsz = narrow.p_memsz,
+                            .p_align = narrow.p_align};
+    }
+    if (!complete)
+        image_die("%s: the program headers are truncated", options.image);
+    return wide;
+}
+
+/* The descriptor of the first note with this name and type: its offset in the file, or 0. */
+static uint64_t image_note_in(const Elf64_Phdr *segment, const char *name, uint32_t type,
+                              uint32_t *size) {
+    uint64_t align = segment->p_align == 8 ? 8 : 4;
+    uint64_t at = segment->p_offset;
+    uint64_t left = segment->p_filesz;
+    Elf64_Nhdr note;
+    while (left >= sizeof note && image_read(at, &note, sizeof note)) {
+        uint64_t name_size = (sizeof note + note.n_namesz + align - 1) / align * align;
+        uint64_t note_size = name_size + (note.n_descsz + align - 1) / align * align;
+        if (name_size + note.n_descsz > left || !image_has(at, name_size + note.n_descsz))
+            return 0;
+        if (note.n_type == type && note.n_namesz == strlen(name) + 1 &&
+            !memcmp(image.bytes + at + sizeof note, name, note.n_namesz)) {
+            *size = note.n_descsz;
+            return at + name_size;
+        }
+        if (note_size > left)
+            return 0;
+        at += note_size;
+        left -= note_size;
+    }
+    return 0;
+}
+
+static uint64_t image_note(const char *name, uint32_t type, uint32_t *size) {
+    for (unsigned i = 0; image.is_elf && i < image.elf.e_phnum; i++) {
+        Elf64_Phdr segment = image_program_header(i);
+        uint64_t at = segment.p_type == PT_NOTE ? image_note_in(&segment, name, type, size) : 0;
+        if (at)
+            return at;
+    }
+    return 0;
+}
+
+/* What machine does the image ask for? Options override its note; defaults stand in for one. */
+static struct machine_note image_machine(void) {
+    struct machine_note note = {MACHINE_NOTE_VERSION, 64, MACHINE_IRQCHIP_NONE, MACHINE_DEVICE_COM1,
+                                MACHINE_UNKNOWN_IO_FATAL};
+    uint32_t size;
+    uint64_t at = image_note(MACHINE_NOTE_NAME, MACHINE_NOTE_TYPE, &size);
+    if (at && (size != sizeof note || !image_read(at, &note, sizeof note) ||
+               note.version != MACHINE_NOTE_VERSION))
+        image_die("%s: its machine note is of another version; build the image again",
+                  options.image);
+    if (note.memory_mib < 1 || note.memory_mib > MACHINE_MEMORY_MIB_MAX ||
+        note.irqchip >= LENGTH(irqchip_names) || (note.devices & ~MACHINE_DEVICE_COM1) ||
+        note.unknown_io >= LENGTH(unknown_io_names))
+        image_die("%s: its machine note asks for what this VMM does not have", options.image);
+    if (options.machine.memory_mib != NOT_GIVEN)
+        note.memory_mib = options.machine.memory_mib;
+    if (options.machine.irqchip != NOT_GIVEN)
+        note.irqchip = options.machine.irqchip;
+    if (options.machine.unknown_io != NOT_GIVEN)
+        note.unknown_io = options.machine.unknown_io;
+    return note;
+}
+
+static bool ranges_overlap(uint64_t a, uint64_t a_size, uint64_t b, uint64_t b_size) {
+    return a < b + b_size && b < a + a_size;
+}
+
+static void image_load_segment(struct segment segment) {
+    unsigned index = image.segment_count;
+    if (segment.memory_size < segment.file_size)
+        image_die("%s: segment %u is larger in the file than in memory", options.image, index);
+    if (!image_has(segment.offset, segment.file_size))
+        image_die("%s: segment %u is truncated", options.image, index);
+    uint8_t *hva = memory_at(segment.gpa, segment.memory_size);
+    if (!hva)
+        image_die("%s: segment %u (gpa 0x%" PRIx64 ", 0x%" PRIx64
+                  " bytes) lies outside the %" PRIu64 " MiB of guest memory",
+                  options.image, index, segment.gpa, segment.memory_size, memory.size / MIB);
+    if (ranges_overlap(segment.gpa, segment.memory_size, BOOT_DATA_GPA, BOOT_DATA_SIZE))
+        image_die("%s: segment %u overlaps the boot data at gpa 0x%" PRIx64, options.image, index,
+                  BOOT_DATA_GPA);
+    for (unsigned i = 0; i < index; i++)
+        if (ranges_overlap(segment.gpa, segment.memory_size, image.segments[i].gpa,
+                           image.segments[i].memory_size))
+            image_die("%s: segments %u and %u overlap", options.image, i, index);
+    memcpy(hva, image.bytes + segment.offset, segment.file_size);
+    image.segments[image.segment_count++] = segment;
+}
+
+static void image_load_elf(void) {
+    for (unsigned i = 0; i < image.elf.e_phnum; i++) {
+        Elf64_Phdr header = image_program_header(i);
+        if (header.p_type == PT_LOAD && header.p_memsz + header.p_filesz > 0)
+            image_load_segment(
+                (struct segment){header.p_offset, header.p_filesz, header.p_paddr, header.p_memsz});
+    }
+    if (image.segment_count == 0)
+        image_die("%s: nothing to load: it has no loadable segment", options.image);
+}
+
+/* Multiboot Specification 0.6.96, "The layout of Multiboot header". */
+#define MULTIBOOT_HEADER_MAGIC 0x1badb002u
+#define MULTIBOOT_SEARCH 8192
+#define MULTIBOOT_VIDEO_MODE (1u << 2)
+#define MULTIBOOT_MANDATORY 0xffffu
+#define MULTIBOOT_AOUT_KLUDGE (1u << 16)
+#define MULTIBOOT_UNDERSTOOD 0x3u /* page-aligned modules, memory information */
+
+struct multiboot_header {
+    uint32_t magic, flags, checksum;
+    uint32_t header_addr, load_addr, load_end_addr, bss_end_addr, entry_addr;
+};
+
+static bool multiboot_find(struct multiboot_header *header, uint64_t *at) {
+    for (*at = 0; *at + 12 <= MULTIBOOT_SEARCH && image_has(*at, 12); *at += 4) {
+        *header = (struct multiboot_header){0};
+        image_read(*at, header, 12);
+        if (header->magic == MULTIBOOT_HEADER_MAGIC &&
+            header->magic + header->flags + header->checksum == 0)
+            return true;
+    }
+    return false;
+}
+
+/* The a.out kludge: the header itself says which bytes of the file go where. */
+static void multiboot_load_kludge(struct multiboot_header *header, uint64_t at) {
+    if (!image_read(at, header, sizeof *header))
+        image_die("%s: the Multiboot header is truncated", options.image);
+    uint64_t before = (uint64_t)header->header_addr - header->load_addr;
+    if (header->load_addr > header->header_addr || before > at)
+        image_die("%s: the Multiboot header puts its load address outside the file", options.image);
+    uint64_t offset = at - before;
+    uint64_t file_size = image.size - offset;
+    if (header->load_end_addr)
+        file_size = (uint64_t)header->load_end_addr - header->load_addr;
+    uint64_t memory_size = file_size;
+    if (header->bss_end_addr)
+        memory_size = (uint64_t)header->bss_end_addr - header->load_addr;
+    image_load_segment((struct segment){offset, file_size, header->load_addr, memory_size});
+    image.entry = header->entry_addr;
+}
+
+static void multiboot_load(struct multiboot_header *header, uint64_t at) {
+    image.protocol = ENTRY_MULTIBOOT;
+    if (header->flags & MULTIBOOT_MANDATORY & ~MULTIBOOT_UNDERSTOOD)
+        image_die("%s: its Multiboot header demands %s", options.image,
+                  header->flags & MULTIBOOT_VIDEO_MODE ? "a video mode, and there is no screen here"
+                                                       : "a feature of a later specification");
+    if (header->flags & MULTIBOOT_AOUT_KLUDGE) {
+        multiboot_load_kludge(header, at);
+        return;
+    }
+    if (!image.is_elf || image.elf.e_ident[EI_CLASS] != ELFCLASS32)
+        image_die("%s: a Multiboot header without load addresses needs a 32-bit ELF file",
+                  options.image);
+    image_load_elf();
+    image.entry = image.elf.e_entry;
+}
+
+/* Put the image into guest memory and find its entry point. */
+static void image_load(void) {
+    struct multiboot_header multiboot;
+    uint64_t multiboot_at;
+    uint32_t size;
+    uint64_t note = image_note(XEN_ELFNOTE_NAME, XEN_ELFNOTE_PHYS32_ENTRY, &size);
+    if (note) {
+        if ((size != 4 && size != 8) || !image_read(note, &image.entry, size))
+            image_die("%s: its PVH entry note is damaged", options.image);
+        image_load_elf();
+    } else if (multiboot_find(&multiboot, &multiboot_at)) {
+        multiboot_load(&multiboot, multiboot_at);
+    } else if (image.is_elf) {
+        image_die("%s: no entry note: it has neither a PVH entry note nor a Multiboot header",
+                  options.image);
+    } else {
+        image_die("%s: not an image: neither ELF nor Multiboot", options.image);
+    }
+    if (image.entry > UINT32_MAX || !memory_at(image.entry, 1))
+        image_die("%s: its entry point 0x%" PRIx64 " lies outside guest memory", options.image,
+                  image.entry);
+}
+
+static int symbol_order(const void *a, const void *b) {
+    uint64_t left = ((const struct symbol *)a)->gva;
+    uint64_t right = ((const struct symbol *)b)->gva;
+    return left < right ? -1 : left > right;
+}
+
+/* Functions, and the labels of assembly code, which have no type. */
+static bool symbol_is_code(const Elf64_Sym *symbol) {
+    unsigned type = ELF64_ST_TYPE(symbol->st_info);
+    Elf64_Shdr section;
+    return (type == STT_FUNC || type == STT_NOTYPE) && symbol->st_shndx != SHN_UNDEF &&
+           symbol->st_shndx < image.elf.e_shnum &&
+           image_read_item(image.elf.e_shoff, symbol->st_shndx, &section, sizeof section) &&
+           (section.sh_flags & SHF_EXECINSTR);
+}
+
+static void symbols_read(const Elf64_Shdr *table, const Elf64_Shdr *strings) {
+    uint64_t count = table->sh_size / sizeof(Elf64_Sym);
+    if (count == 0 || count > SYMBOLS_MAX || !image_has(table->sh_offset, table->sh_size) ||
+        strings->sh_size == 0 || !image_has(strings->sh_offset, strings->sh_size) ||
+        image.bytes[strings->sh_offset + strings->sh_size - 1] != '\0')
+        return;
+    image.symbols = calloc(count, sizeof *image.symbols);
+    for (uint64_t i = 0; image.symbols && i < count; i++) {
+        Elf64_Sym symbol;
+        image_read_item(table->sh_offset, i, &symbol, sizeof symbol);
+        if (!symbol_is_code(&symbol) || symbol.st_name == 0 || symbol.st_name >= strings->sh_size)
+            continue;
+        const char *name = (const char *)image.bytes + strings->sh_offset + symbol.st_name;
+        image.symbols[image.symbol_count++] = (struct symbol){symbol.st_value, name};
+    }
+    if (image.symbols)
+        qsort(image.symbols, image.symbol_count, sizeof *image.symbols, symbol_order);
+}
+
+/* Symbols make messages better and nothing else: a damaged table is as good as none. */
+static void symbols_load(void) {
+    if (!image.is_elf || image.elf.e_ident[EI_CLASS] != ELFCLASS64)
+        return;
+    for (unsigned i = 0; i < image.elf.e_shnum; i++) {
+        Elf64_Shdr section;
+        Elf64_Shdr strings;
+        if (!image_read_item(image.elf.e_shoff, i, &section, sizeof section))
+            return;
+        if (section.sh_type == SHT_SYMTAB &&
+            image_read_item(image.elf.e_shoff, section.sh_link, &strings, sizeof strings)) {
+            symbols_read(&section, &strings);
+            return;
+        }
+    }
+}
+
+/* Returned by value, so that one message can hold several. */
+struct symbol_text {
+    char text[80];
+};
+
+/* "name+0x1a" of the last symbol at or before gva; empty if the image has none there. */
+static struct symbol_text symbol_at(gva_t gva) {
+    struct symbol_text result = {""};
+    size_t low = 0;
+    size_t high = image.symbol_count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (image.symbols[middle].gva <= gva)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    /* The last symbol has no successor to end it; code is not further than a page past it. */
+    if (low > 0 && (low < image.symbol_count || gva - image.symbols[low - 1].gva < PAGE_SIZE))
+        snprintf(result.text, sizeof result.text, "%s+0x%" PRIx64, image.symbols[low - 1].name,
+                 gva - image.symbols[low - 1].gva);
+    return result;
+}
+
+/* An address for a person: "0x100a32 (console_write+0x12)". */
+static struct symbol_text symbol_or_address(gva_t gva) {
+    struct symbol_text symbol = symbol_at(gva);
+    struct symbol_text result;
+    snprintf(result.text, sizeof result.text,
+             symbol.text[0] ? "0x%" PRIx64 " (%.56s)" : "0x%" PRIx64, gva, symbol.text);
+    return result;
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Machine */
+
+#define KVMLAB_CPUID_LEAF 0x40000000u /* where a hypervisor names itself */
+#define CPUID_ENTRIES_MAX 256
+
+static struct {
+    struct machine_note note;
+    int kvm, vm, vcpu;
+    struct kvm_run *run; /* shared with the kernel: the last exit, and the registers */
+    size_t run_size;
+} machine;
+
+static void kvm_open(void) {
+    machine.kvm = open(options.kvm, O_RDWR | O_CLOEXEC);
+    if (machine.kvm < 0)
+        die(STATUS_HOST, "cannot open %s: %s%s", options.kvm, strerror(errno),
+            errno == EACCES ? "; add yourself to the group kvm: sudo usermod -aG kvm $USER" : "");
+    int version = ioctl(machine.kvm, KVM_GET_API_VERSION, NULL);
+    if (version != KVM_API_VERSION)
+        die(STATUS_HOST, "%s is not KVM (API version %d, not %d)", options.kvm, version,
+            KVM_API_VERSION);
+    int synced = KVM_CALL(machine.kvm, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
+    if ((synced & KVM_SYNC_X86_VALID_FIELDS) != KVM_SYNC_X86_VALID_FIELDS)
+        die(STATUS_HOST, "this KVM lacks KVM_CAP_SYNC_REGS; Linux has it since 4.17");
+}
+
+static void irqchip_create(void) {
+    struct kvm_enable_cap split = {.cap = KVM_CAP_SPLIT_IRQCHIP, .args = {24}};
+    switch ((enum machine_irqchip)machine.note.irqchip) {
+    case MACHINE_IRQCHIP_NONE: break;
+    case MACHINE_IRQCHIP_SPLIT: KVM_PASS(machine.vm, KVM_ENABLE_CAP, &split); break;
+    case MACHINE_IRQCHIP_KERNEL: KVM_CALL(machine.vm, KVM_CREATE_IRQCHIP, 0); break;
+    }
+}
+
+enum slot { SLOT_RAM, SLOT_RESCUE };
+
+/* Back the gpas [gpa, gpa + size) with memory of this process. */
+static void slot_set(enum slot slot, gpa_t gpa, void *hva, uint64_t size) {
+    struct kvm_userspace_memory_region region = {.slot = slot,
+                                                 .guest_phys_addr = gpa,
+                                                 .memory_size = size,
+                                                 .userspace_addr = (uintptr_t)hva};
+    KVM_PASS(machine.vm, KVM_SET_USER_MEMORY_REGION, &region);
+}
+
+static void vm_create(void) {
+    machine.vm = KVM_CALL(machine.kvm, KVM_CREATE_VM, 0);
+    /* Intel CPUs without unrestricted guests need three pages of scratch, above all of RAM. */
+    uint64_t identity_map = 0xfeffc000;
+    KVM_PASS(machine.vm, KVM_SET_IDENTITY_MAP_ADDR, &identity_map);
+    KVM_CALL(machine.vm, KVM_SET_TSS_ADDR, identity_map + PAGE_SIZE);
+    irqchip_create();
+    slot_set(SLOT_RAM, 0, memory.hva, memory.size);
+}
+
+/* The guest sees the host's CPU as far as KVM supports it, and who runs it: "kvmlab" stands in
+ * place of KVM's own leaves, whose paravirtual features no lesson uses. */
+static void vcpu_set_cpuid(void) {
+    static struct {
+        struct kvm_cpuid2 header;
+        struct kvm_cpuid_entry2 entries[CPUID_ENTRIES_MAX];
+    } cpuid = {.header.nent = CPUID_ENTRIES_MAX - 1};
+    KVM_PASS(machine.kvm, KVM_GET_SUPPORTED_CPUID, &cpuid.header);
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < cpuid.header.nent; i++)
+        if ((cpuid.entries[i].function & 0xffffff00) != KVMLAB_CPUID_LEAF)
+            cpuid.entries[kept++] = cpuid.entries[i];
+    struct kvm_cpuid_entry2 *leaf = &cpuid.entries[kept++];
+    *leaf = (struct kvm_cpuid_entry2){.function = KVMLAB_CPUID_LEAF, .eax = KVMLAB_CPUID_LEAF};
+    memcpy(&leaf->ebx, "kvml", 4);
+    memcpy(&leaf->ecx, "ab\0\0", 4);
+    cpuid.header.nent = kept;
+    KVM_PASS(machine.vcpu, KVM_SET_CPUID2, &cpuid.header);
+}
+
+static void vcpu_create(void) {
+    machine.vcpu = KVM_CALL(machine.vm, KVM_CREATE_VCPU, 0);
+    machine.run_size = (size_t)KVM_CALL(machine.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+    machine.run = mmap(NULL, machine.run_size, PROT_READ | PROT_WRITE, MAP_SHARED, machine.vcpu, 0);
+    if (machine.run == MAP_FAILED)
+        die(STATUS_HOST, "cannot map the vCPU: %s", strerror(errno));
+    vcpu_set_cpuid();
+    machine.run->kvm_valid_regs = KVM_SYNC_X86_VALID_FIELDS;
+}
+
+/* The registers of the last exit; to change them, write them and mark them dirty. */
+static struct kvm_regs *vcpu_regs(void) { return &machine.run->s.regs.regs; }
+static struct kvm_sregs *vcpu_sregs(void) { return &machine.run->s.regs.sregs; }
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Entry state */
+
+static char *boot_command_line(void) {
+    static char text[COMMAND_LINE_MAX];
+    int length = snprintf(text, sizeof text, "seed=%" PRIu64 "%s%s", options.seed,
+                          options.append ? " " : "", options.append ? options.append : "");
+    if (length >= COMMAND_LINE_MAX)
+        die(STATUS_USAGE, "--append: the guest's command line would have %d bytes; %d fit", length,
+            COMMAND_LINE_MAX - 1);
+    return text;
+}
+
+struct pvh_boot_data {
+    struct hvm_start_info start_info;
+    struct hvm_memmap_table_entry memory_map[1];
+    char command_line[COMMAND_LINE_MAX];
+};
+
+/* Multiboot Specification 0.6.96, "Boot information format". */
+#define MULTIBOOT_BOOTLOADER_MAGIC 0x2badb002u
+#define MULTIBOOT_INFO_MEMORY (1u << 0)
+#define MULTIBOOT_INFO_COMMAND_LINE (1u << 2)
+#define MULTIBOOT_INFO_MEMORY_MAP (1u << 6)
+#define MULTIBOOT_MEMORY_AVAILABLE 1
+
+struct multiboot_boot_data {
+    struct {
+        uint32_t flags, mem_lower, mem_upper, boot_device, cmdline, mods_count, mods_addr, syms[4];
+        uint32_t mmap_length, mmap_addr;
+    } info;
+    struct __attribute__((packed)) {
+        uint32_t size; /* of the rest */
+        uint64_t addr, len;
+        uint32_t type;
+    } memory_map[1];
+    char command_line[COMMAND_LINE_MAX];
+};
+
+_Static_assert(sizeof(struct pvh_boot_data) <= BOOT_DATA_SIZE &&
+                   sizeof(struct multiboot_boot_data) <= BOOT_DATA_SIZE,
+               "the boot data fits the place kept for it");
+
+#define BOOT_DATA_FIELD(type, field) (BOOT_DATA_GPA + offsetof(type, field))
+
+static void boot_data_write(void) {
+    void *hva = memory_at(BOOT_DATA_GPA, BOOT_DATA_SIZE);
+    assert(hva); /* RAM has at least one MiB */
+    if (image.protocol == ENTRY_PVH) {
+        struct pvh_boot_data *data = hva;
+        data->start_info = (struct hvm_start_info){
+            .magic = XEN_HVM_START_MAGIC_VALUE,
+            .version = 1,
+            .cmdline_paddr = BOOT_DATA_FIELD(struct pvh_boot_data, command_line),
+            .memmap_paddr = BOOT_DATA_FIELD(struct pvh_boot_data, memory_map),
+            .memmap_entries = 1,
+        };
+        data->memory_map[0] = (struct hvm_memmap_table_entry){
+            .addr = 0, .size = memory.size, .type = XEN_HVM_MEMMAP_TYPE_RAM};
+        strcpy(data->command_line, boot_command_line());
+    } else {
+        struct multiboot_boot_data *data = hva;
+        data->info.flags =
+            MULTIBOOT_INFO_MEMORY | MULTIBOOT_INFO_COMMAND_LINE | MULTIBOOT_INFO_MEMORY_MAP;
+        data->info.mem_lower = 640;
+        data->info.mem_upper = (uint32_t)((memory.size - MIB) / 1024);
+        data->info.cmdline = BOOT_DATA_FIELD(struct multiboot_boot_data, command_line);
+        data->info.mmap_length = sizeof data->memory_map;
+        data->info.mmap_addr = BOOT_DATA_FIELD(struct multiboot_boot_data, memory_map);
+        data->memory_map[0].size = sizeof data->memory_map[0] - sizeof data->memory_map[0].size;
+        data->memory_map[0].addr = 0;
+        data->memory_map[0].len = memory.size;
+        data->memory_map[0].type = MULTIBOOT_MEMORY_AVAILABLE;
+        strcpy(data->command_line, boot_command_line());
+    }
+}
+
+/* PVH ("x86/HVM direct boot ABI") and Multiboot ("Machine state") agree but for two registers:
+ * 32-bit protected mode, flat segments, paging and interrupts off. */
+static void vcpu_set_entry_state(void) {
+    /* Segment types as in SDM 3A "Code- and Data-Segment Descriptor Types". */
+    struct kvm_segment code = {
+        .limit = 0xffffffff, .selector = 0x8, .type = 0xb, .present = 1, .db = 1, .s = 1, .g = 1};
+    struct kvm_segment data = code;
+    data.selector = 0x10;
+    data.type = 0x3;
+    struct kvm_segment task = {.limit = 0x67, .type = 0xb, .present = 1};
+    struct kvm_sregs *sregs = vcpu_sregs();
+    KVM_PASS(machine.vcpu, KVM_GET_SREGS, sregs);
+    sregs->cs = code;
+    sregs->ds = sregs->es = sregs->fs = sregs->gs = sregs->ss = data;
+    sregs->tr = task;
+    sregs->cr0 = X86_CR0_PE | X86_CR0_ET;
+    sregs->cr4 = 0;
+    sregs->efer = 0;
+    *vcpu_regs() = (struct kvm_regs){
+        .rip = image.entry,
+        .rflags = X86_EFLAGS_FIXED,
+        .rbx = BOOT_DATA_GPA,
+        .rax = image.protocol == ENTRY_MULTIBOOT ? MULTIBOOT_BOOTLOADER_MAGIC : 0,
+    };
+    machine.run->kvm_dirty_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Page walk */
+
+/* Follow one entry; true if it leads to another table. */
+static bool walk_step(struct walk *walk, gpa_t entry_gpa, unsigned level) {
+    const uint64_t *entry = memory_at(entry_gpa, sizeof *entry);
+    if (!entry) {
+        walk->end = WALK_OUTSIDE_MEMORY;
+        return false;
+    }
+    uint64_t value = *entry;
+    walk->entry[walk->steps].gpa = entry_gpa;
+    walk->entry[walk->steps++].value = value;
+    walk->permits = (walk->permits & (value | PTE_NO_EXECUTE)) | (value & PTE_NO_EXECUTE);
+    if (!(value & PTE_PRESENT)) {
+        walk->end = WALK_NOT_PRESENT;
+        return false;
+    }
+    if (level >= 4 && (value & PTE_LARGE)) {
+        walk->end = WALK_RESERVED_BIT;
+        return false;
+    }
+    if (level > 1 && !(value & PTE_LARGE))
+        return true;
+    walk->end = WALK_MAPPED;
+    walk->page_size = PAGE_SIZE << (9 * (level - 1));
+    walk->gpa = value & PTE_ADDRESS & ~(walk->page_size - 1);
+    return false;
+}
+
+static bool gva_is_canonical(gva_t gva, unsigned top_level) {
+    unsigned unused_bits = 64 - (12 + 9 * top_level);
+    return (gva_t)((int64_t)(gva << unused_bits) >> unused_bits) == gva;
+}
+
+/* SDM 3A "4-Level Paging and 5-Level Paging". The accessed and dirty bits stay as they are. */
+static struct walk page_walk(gpa_t root_gpa, gva_t gva) {
+    const struct kvm_sregs *sregs = vcpu_sregs();
+    struct walk walk = {.top_level = sregs->cr4 & X86_CR4_LA57 ? 5 : 4,
+                        .permits = PTE_WRITABLE | PTE_USER};
+    if (!(sregs->cr0 & X86_CR0_PG)) {
+        walk.end = WALK_MAPPED;
+        walk.gpa = gva;
+        walk.page_size = PAGE_SIZE;
+        return walk;
+    }
+    if (!(sregs->efer & EFER_LMA)) {
+        walk.end = WALK_NOT_MODELLED;
+        return walk;
+    }
+    if (!gva_is_canonical(gva, walk.top_level)) {
+        walk.end = WALK_NOT_CANONICAL;
+        return walk;
+    }
+    gpa_t table = root_gpa & PTE_ADDRESS;
+    unsigned level = walk.top_level;
+    while (walk_step(&walk, table + 8 * page_index(gva, level), level)) {
+        table = walk.entry[walk.steps - 1].value & PTE_ADDRESS;
+        level--;
+    }
+    if (walk.end == WALK_MAPPED)
+        walk.gpa |= gva & (walk.page_size - 1);
+    return walk;
+}
+
+/* Copy out of the guest's current address space; false if not all of it is mapped memory. */
+static bool guest_read(gva_t gva, void *to, uint64_t size) {
+    for (uint64_t done = 0; done < size; done++) {
+        struct walk walk = page_walk(vcpu_sregs()->cr3, gva + done);
+        const uint8_t *byte = walk.end == WALK_MAPPED ? memory_at(walk.gpa, 1) : NULL;
+        if (!byte)
+            return false;
+        ((uint8_t *)to)[done] = *byte;
+    }
+    return true;
+}
+
+/* As much of the NUL-terminated text at gva as fits and can be read. */
+static void guest_read_text(gva_t gva, char *to, uint64_t size) {
+    uint64_t length = 0;
+    while (gva && length + 1 < size && guest_read(gva + length, to + length, 1) && to[length])
+        length++;
+    to[length] = '\0';
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Post-mortem */
+
+/* How the run ended, once something has ended it. */
+static struct {
+    bool ended;
+    enum status status;
+    const char *how; /* as in the `end` event */
+} outcome;
+
+static void run_end(enum status status, const char *how) {
+    if (!outcome.ended) {
+        outcome.ended = true;
+        outcome.status = status;
+        outcome.how = how;
+    }
+}
+
+/* A line for the person at the terminal, after all that the guest printed. */
+__attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
+    va_list arguments;
+    fflush(stdout);
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+}
+
+static const char *vector_name(uint64_t vector) {
+    static const char *const names[] = {
+        "#DE (divide error)",
+        "#DB (debug)",
+        "NMI",
+        "#BP (breakpoint)",
+        "#OF (overflow)",
+        "#BR (bound range exceeded)",
+        "#UD (invalid opcode)",
+        "#NM (no x87 or SSE)",
+        "#DF (double fault)",
+        "vector 9",
+        "#TS (invalid TSS)",
+        "#NP (segment not present)",
+        "#SS (stack-segment fault)",
+        "#GP (general protection)",
+        "#PF (page fault)",
+        "vector 15",
+        "#MF (x87 error)",
+        "#AC (alignment check)",
+        "#MC (machine check)",
+        "#XM (SIMD error)",
+        "#VE (virtualization)",
+        "#CP (control protection)",
+    };
+    return vector < LENGTH(names) ? names[vector] : "an interrupt that no handler took";
+}
+
+/* "write by the kernel, page not present" */
+static const char *page_fault_text(uint64_t error_code) {
+    static char text[96];
+    snprintf(text, sizeof text, "%s by %s, %s",
+             error_code & PF_ERROR_FETCH   ? "instruction fetch"
+             : error_code & PF_ERROR_WRITE ? "write"
+                                           : "read",
+             error_code & PF_ERROR_USER ? "ring 3" : "the kernel",
+             error_code & PF_ERROR_RESERVED  ? "a reserved bit is set on the walk"
+             : error_code & PF_ERROR_PRESENT ? "page present, but not permitted"
+                                             : "page not present");
+    return text;
+}
+
+static void say_registers(const struct kvm_regs *regs) {
+    say("  rax %016llx  rbx %016llx  rcx %016llx  rdx %016llx", regs->rax, regs->rbx, regs->rcx,
+        regs->rdx);
+    say("  rsi %016llx  rdi %016llx  rbp %016llx  rsp %016llx", regs->rsi, regs->rdi, regs->rbp,
+        regs->rsp);
+    say("  r8  %016llx  r9  %016llx  r10 %016llx  r11 %016llx", regs->r8, regs->r9, regs->r10,
+        regs->r11);
+    say("  r12 %016llx  r13 %016llx  r14 %016llx  r15 %016llx", regs->r12, regs->r13, regs->r14,
+        regs->r15);
+    say("  rip %016llx  rflags %08llx  cr0 %08llx  cr2 %016llx  cr3 %08llx  cr4 %08llx", regs->rip,
+        regs->rflags, vcpu_sregs()->cr0, vcpu_sregs()->cr2, vcpu_sregs()->cr3, vcpu_sregs()->cr4);
+}
+
+/* Frames as -fno-omit-frame-pointer lays them out: [rbp] is the caller's rbp, [rbp + 8] the return
+ * address. Stacks grow down, so a frame that is not above the last one is garbage. */
+static void say_backtrace(gva_t rip, gva_t rbp) {
+    gva_t frame[2] = {rbp, rip};
+    say("  backtrace:");
+    for (unsigned depth = 0; depth < 12 && frame[1]; depth++) {
+        say("    %s", symbol_or_address(frame[1]).text);
+        gva_t below = frame[0];
+        if (!below || !guest_read(below, frame, sizeof frame) || (frame[0] && frame[0] <= below))
+            break;
+    }
+}
+
+static const char *walk_end_text(enum walk_end end) {
+    switch (end) {
+    case WALK_MAPPED: return "mapped";
+    case WALK_NOT_PRESENT: return "the walk stops here: bit 0 (present) is clear";
+    case WALK_RESERVED_BIT: return "the walk stops here: bit 7 is reserved at this level";
+    case WALK_OUTSIDE_MEMORY: return "the walk stops here: the next table is outside guest memory";
+    case WALK_NOT_CANONICAL: return "not canonical: the upper bits must all equal bit 47";
+    case WALK_NOT_MODELLED: return "32-bit paging, which this walk does not model";
+    }
+    return "";
+}
+
+static void say_walk_entry(const struct walk *walk, unsigned step, gva_t gva) {
+    static const char *const tables[] = {"", "PT", "PD", "PDPT", "PML4", "PML5"};
+    unsigned level = walk->top_level - step;
+    uint64_t value = walk->entry[step].value;
+    say("    %4s[%3u] at gpa 0x%08" PRIx64 " is %016" PRIx64 " %c%c%c%c%s", tables[level],
+        page_index(gva, level), walk->entry[step].gpa, value, value & PTE_PRESENT ? 'P' : '-',
+        value & PTE_WRITABLE ? 'W' : '-', value & PTE_USER ? 'U' : '-',
+        value & PTE_NO_EXECUTE ? '-' : 'X', level > 1 && (value & PTE_LARGE) ? "  large page" : "");
+}
+
+static void say_walk(gva_t gva) {
+    struct walk walk = page_walk(vcpu_sregs()->cr3, gva);
+    say("  page walk of gva 0x%" PRIx64 " from cr3 0x%llx (P present, W writable, U user, X "
+        "executable):",
+        gva, vcpu_sregs()->cr3);
+    for (unsigned step = 0; step < walk.steps; step++)
+        say_walk_entry(&walk, step, gva);
+    if (walk.end == WALK_MAPPED)
+        say("    mapped to gpa 0x%" PRIx64 ", %s, %s, %s", walk.gpa,
+            walk.permits & PTE_WRITABLE ? "writable" : "read-only",
+            walk.permits & PTE_USER ? "user" : "kernel only",
+            walk.permits & PTE_NO_EXECUTE ? "no-execute" : "executable");
+    else
+        say("    %s", walk_end_text(walk.end));
+}
+
+/* The exception itself, in one line, and what its kind needs to be understood. */
+static void say_exception(const char *what, uint64_t vector, uint64_t error_code,
+                          const struct kvm_regs *regs) {
+    bool is_page_fault = vector == VECTOR_PF;
+    say("vmm: the guest crashed: %s %s, error code 0x%" PRIx64 "%s%s%s at rip %s", what,
+        vector_name(vector), error_code, is_page_fault ? " (" : "",
+        is_page_fault ? page_fault_text(error_code) : "", is_page_fault ? ")" : "",
+        symbol_or_address(regs->rip).text);
+    if (is_page_fault)
+        say_walk(vcpu_sregs()->cr2);
+    say_registers(regs);
+    say_backtrace(regs->rip, regs->rbp);
+}
+
+static void panic_exception(const struct panic *panic) {
+    struct trap_frame frame;
+    if (!guest_read(panic->frame_gva, &frame, sizeof frame)) {
+        say("vmm: the guest crashed: its panic names a trap frame at gva 0x%" PRIx64
+            " that is not mapped",
+            panic->frame_gva);
+        return;
+    }
+    struct kvm_regs regs = {
+        .rax = frame.rax,
+        .rbx = frame.rbx,
+        .rcx = frame.rcx,
+        .rdx = frame.rdx,
+        .rsi = frame.rsi,
+        .rdi = frame.rdi,
+        .rsp = frame.rsp,
+        .rbp = frame.rbp,
+        .r8 = frame.r8,
+        .r9 = frame.r9,
+        .r10 = frame.r10,
+        .r11 = frame.r11,
+        .r12 = frame.r12,
+        .r13 = frame.r13,
+        .r14 = frame.r14,
+        .r15 = frame.r15,
+        .rip = frame.rip,
+        .rflags = frame.rflags,
+    };
+    event_number("vector", frame.vector);
+    event_hex("error_code", frame.error_code);
+    event_hex("cr2", vcpu_sregs()->cr2);
+    event_hex("rip", frame.rip);
+    event_string("symbol", symbol_at(frame.rip).text);
+    say_exception("unhandled exception", frame.vector, frame.error_code, &regs);
+}
+
+static void todo_end(const char *location, const char *task) {
+    say("vmm: %s: not written yet: %s", location, task);
+    say("vmm: open that file; the README.md beside it says what is asked for");
+    run_end(STATUS_FAILED, "todo");
+}
+
+/* The guest gave up and says why (include/machine.h). */
+static void panic_end(gva_t panic_gva) {
+    static const char *const reasons[] = {
+        [PANIC_EXCEPTION] = "exception", [PANIC_MESSAGE] = "message", [PANIC_TODO] = "todo"};
+    struct panic panic;
+    char message[512];
+    char location[128];
+    if (!guest_read(panic_gva, &panic, sizeof panic) || panic.kind < PANIC_EXCEPTION ||
+        panic.kind > PANIC_TODO) {
+        say("vmm: the guest crashed: it wrote 0x%" PRIx64 " to the panic port, and there is no "
+            "panic there",
+            panic_gva);
+        run_end(STATUS_CRASH, "panic");
+        return;
+    }
+    guest_read_text(panic.message_gva, message, sizeof message);
+    guest_read_text(panic.location_gva, location, sizeof location);
+    event_begin("panic");
+    event_string("reason", reasons[panic.kind]);
+    event_string("message", message);
+    event_string("location", location);
+    if (panic.kind == PANIC_EXCEPTION)
+        panic_exception(&panic);
+    event_end();
+    if (panic.kind == PANIC_TODO) {
+        todo_end(location, message);
+        return;
+    }
+    if (panic.kind == PANIC_MESSAGE) {
+        say("vmm: the guest panicked: %s (%s)", message, location);
+        say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
+    }
+    run_end(STATUS_CRASH, "panic");
+}
+
+/* The kinds of event that are a post-mortem start with where the guest was. */
+static void event_begin_at_rip(const char *kind) {
+    event_begin(kind);
+    event_hex("rip", vcpu_regs()->rip);
+    event_string("symbol", symbol_at(vcpu_regs()->rip).text);
+}
+
+/*
+ * A triple fault tells nothing of the exception it began with: CR2 may be that of the IDT's page,
+ * which the CPU could not read either. So the VMM asks the CPU once more. It adds a page with an IDT
+ * that works, and all that delivery through it needs, in an unused slot of the guest's own top-level
+ * table, and lets the vCPU repeat the instruction it died of.
+ */
+#define RESCUE_GPA (MACHINE_MEMORY_MIB_MAX * MIB)
+
+struct rescue {
+    uint64_t pdpt[512], pd[512], pt[512];
+    uint64_t idt[VECTORS][2];
+    uint8_t stubs[VECTORS][16]; /* an OUT each; rip tells which */
+    uint64_t gdt[2], reserved;
+    uint8_t task_state[104]; /* SDM 3A "64-Bit TSS Format": IST1 at offset 36 */
+    uint8_t stack[2048] __attribute__((aligned(16)));
+};
+#define RESCUE_SIZE ((sizeof(struct rescue) + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1))
+
+static void rescue_fill(struct rescue *rescue, gva_t base) {
+    rescue->pdpt[0] = (RESCUE_GPA + offsetof(struct rescue, pd)) | PTE_PRESENT | PTE_WRITABLE;
+    rescue->pd[0] = (RESCUE_GPA + offsetof(struct rescue, pt)) | PTE_PRESENT | PTE_WRITABLE;
+    for (uint64_t page = 0; page < RESCUE_SIZE / PAGE_SIZE; page++)
+        rescue->pt[page] = (RESCUE_GPA + page * PAGE_SIZE) | PTE_PRESENT | PTE_WRITABLE;
+    rescue->gdt[1] = 0x00af9b000000ffff; /* selector 8: 64-bit code, ring 0 */
+    gva_t stack_top = base + offsetof(struct rescue, stack) + sizeof rescue->stack;
+    memcpy(rescue->task_state + 36, &stack_top, sizeof stack_top);
+    for (unsigned vector = 0; vector < VECTORS; vector++) {
+        /* SDM 3A "64-Bit IDT Gate Descriptors": a present interrupt gate, selector 8, IST1. */
+        gva_t stub = base + offsetof(struct rescue, stubs) + 16 * vector;
+        rescue->idt[vector][0] =
+            (stub & 0xffff) | (stub & 0xffff0000) << 32 | 8 << 16 | UINT64_C(0x8e01) << 32;
+        rescue->idt[vector][1] = stub >> 32;
+        memcpy(rescue->stubs[vector], (uint8_t[]){0xe6, PORT_PANIC}, 2); /* out PORT_PANIC, al */
+    }
+}
+
+static void rescue_set_registers(gva_t base) {
+    struct kvm_sregs *sregs = vcpu_sregs();
+    sregs->idt.base = base + offsetof(struct rescue, idt);
+    sregs->idt.limit = sizeof((struct rescue *)0)->idt - 1;
+    sregs->gdt.base = base + offsetof(struct rescue, gdt);
+    sregs->gdt.limit = sizeof((struct rescue *)0)->gdt - 1;
+    sregs->tr.base = base + offsetof(struct rescue, task_state);
+    sregs->tr.limit = 103;
+    vcpu_regs()->rflags &= ~(uint64_t)X86_EFLAGS_IF;
+    machine.run->s.regs.events = (struct kvm_vcpu_events){0};
+    machine.run->kvm_dirty_regs = KVM_SYNC_X86_VALID_FIELDS;
+}
+
+/* What began it, as far as it can be found out. */
+struct first_fault {
+    bool known;
+    uint64_t vector, error_code;
+    gva_t cr2;
+};
+
+static struct first_fault rescue_run(const struct rescue *rescue, gva_t base) {
+    rescue_set_registers(base);
+    int result = ioctl(machine.vcpu, KVM_RUN, NULL);
+    uint64_t stub = vcpu_regs()->rip - base - offsetof(struct rescue, stubs);
+    uint64_t stack = vcpu_regs()->rsp - base;
+    struct first_fault fault = {.vector = stub / 16, .cr2 = vcpu_sregs()->cr2};
+    fault.known = result == 0 && machine.run->exit_reason == KVM_EXIT_IO &&
+                  stub < sizeof rescue->stubs && stack < RESCUE_SIZE - 8;
+    if (fault.known && (fault.vector == VECTOR_DF || (fault.vector >= 10 && fault.vector <= 14)))
+        memcpy(&fault.error_code, (const uint8_t *)rescue + stack, 8);
+    return fault;
+}
+
+static struct first_fault first_fault_find(void) {
+    struct first_fault fault = {0};
+    uint64_t *root = memory_at(vcpu_sregs()->cr3 & PTE_ADDRESS, PAGE_SIZE);
+    unsigned slot = 511;
+    while (root && slot > 0 && (root[slot] & PTE_PRESENT))
+        slot--;
+    struct rescue *rescue =
+        mmap(NULL, RESCUE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (!root || slot == 0 || rescue == MAP_FAILED || !(vcpu_sregs()->efer & EFER_LMA) ||
+        (vcpu_sregs()->cr4 & X86_CR4_LA57))
+        return fault;
+    gva_t base = (gva_t)slot << 39 | (slot >= 256 ? UINT64_C(0xffff) << 48 : 0);
+    struct kvm_sync_regs at_fault = machine.run->s.regs;
+    uint64_t slot_before = root[slot];
+    rescue_fill(rescue, base);
+    slot_set(SLOT_RESCUE, RESCUE_GPA, rescue, RESCUE_SIZE);
+    root[slot] = RESCUE_GPA | PTE_PRESENT | PTE_WRITABLE;
+    fault = rescue_run(rescue, base);
+    root[slot] = slot_before;
+    machine.run->s.regs = at_fault;
+    if (fault.known)
+        vcpu_sregs()->cr2 = fault.cr2;
+    return fault;
+}
+
+/* Why the exception did not reach its handler. */
+static void say_delivery(uint64_t vector) {
+    const struct kvm_dtable *idt = &vcpu_sregs()->idt;
+    uint64_t gate[2];
+    gva_t gate_gva = idt->base + vector * sizeof gate;
+    if ((vector + 1) * sizeof gate > idt->limit + UINT64_C(1)) {
+        say("  it could not be delivered: the IDT's limit 0x%x leaves no gate for vector %" PRIu64,
+            idt->limit, vector);
+        return;
+    }
+    if (!guest_read(gate_gva, gate, sizeof gate)) {
+        say("  it could not be delivered: its gate, in the IDT at gva 0x%llx, is not mapped",
+            idt->base);
+        say_walk(gate_gva);
+        return;
+    }
+    gva_t handler = (gate[0] & 0xffff) | (gate[0] >> 32 & 0xffff0000) | gate[1] << 32;
+    say("  it could not be delivered through its gate %016" PRIx64 "%016" PRIx64 " to handler %s",
+        gate[1], gate[0], symbol_or_address(handler).text);
+    if (page_walk(vcpu_sregs()->cr3, handler).end != WALK_MAPPED)
+        say_walk(handler);
+}
+
+static void triple_fault_end(void) {
+    struct first_fault fault = first_fault_find();
+    event_begin_at_rip("triple_fault");
+    if (fault.known) {
+        event_number("vector", fault.vector);
+        event_hex("error_code", fault.error_code);
+        event_hex("cr2", fault.cr2);
+    }
+    event_end();
+    if (fault.known) {
+        say_exception("triple fault; it began with", fault.vector, fault.error_code, vcpu_regs());
+        say_delivery(fault.vector);
+    } else {
+        say("vmm: the guest crashed: triple fault at rip %s",
+            symbol_or_address(vcpu_regs()->rip).text);
+        say_walk(vcpu_regs()->rip);
+        say_registers(vcpu_regs());
+    }
+    run_end(STATUS_CRASH, "triple fault");
+}
+
+static void emulation_failure_end(void) {
+    uint8_t bytes[15]; /* no instruction is longer */
+    char text[3 * sizeof bytes + 1] = "";
+    gva_t rip = vcpu_regs()->rip;
+    unsigned count = 0;
+    while (count < sizeof bytes && guest_read(rip + count, &bytes[count], 1)) {
+        snprintf(text + 3 * count, 4, "%02x ", bytes[count]);
+        count++;
+    }
+    event_begin_at_rip("emulation_failure");
+    event_bytes("bytes", bytes, count);
+    event_end();
+    say("vmm: the guest crashed: KVM cannot emulate the instruction at rip %s (suberror %u)",
+        symbol_or_address(rip).text, machine.run->internal.suberror);
+    say("  bytes at rip: %s", count ? text : "not mapped");
+    say("  KVM emulates an instruction when it accesses MMIO, among others: use a plain mov there");
+    say_registers(vcpu_regs());
+    say_backtrace(rip, vcpu_regs()->rbp);
+    run_end(STATUS_CRASH, "emulation failure");
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Bus */
+
+/* x86 has two address spaces that devices can live in. */
+enum bus_space { BUS_PIO, BUS_MMIO, BUS_SPACES };
+
+struct bus_range {
+    enum bus_space space;
+    uint64_t first, last; /* port or gpa, both included */
+    const char *name;
+    access_handler handler;
+};
+
+static struct {
+    struct bus_range ranges[32];
+    unsigned count;
+} bus;
+
+static const char *const bus_space_names[] = {[BUS_PIO] = "port", [BUS_MMIO] = "gpa"};
+
+static void bus_claim(enum bus_space space, uint64_t first, uint64_t size, const char *name,
+                      access_handler handler) {
+    uint64_t last = first + size - 1;
+    if (size == 0 || last < first || (space == BUS_PIO && last > UINT16_MAX))
+        die(STATUS_HOST, "%s claims a range that is none: %s 0x%" PRIx64 ", 0x%" PRIx64 " of them",
+            name, bus_space_names[space], first, size);
+    for (unsigned i = 0; i < bus.count; i++)
+        if (bus.ranges[i].space == space && first <= bus.ranges[i].last &&
+            bus.ranges[i].first <= last)
+            die(STATUS_HOST, "%s and %s both claim %s 0x%" PRIx64, bus.ranges[i].name, name,
+                bus_space_names[space], first);
+    if (bus.count == LENGTH(bus.ranges))
+        die(STATUS_HOST, "%s claims one range too many: %u are claimed", name, bus.count);
+    bus.ranges[bus.count++] = (struct bus_range){space, first, last, name, handler};
+}
+
+static const struct bus_range *bus_find(enum bus_space space, const struct access *access) {
+    uint64_t last = access->address + access->size - 1;
+    for (unsigned i = 0; i < bus.count; i++)
+        if (bus.ranges[i].space == space && bus.ranges[i].first <= access->address &&
+            last <= bus.ranges[i].last)
+            return &bus.ranges[i];
+    return NULL;
+}
+
+/* Nobody answers: a read sees what an empty bus shows, and the machine note says what follows. */
+static void bus_unknown(enum bus_space space, struct access *access) {
+    if (!access->is_write)
+        memset(access->data, 0xff, (size_t)access->size * access->count);
+    if (space == BUS_MMIO && &host_half && host_half.memory_event && host_half.memory_event(access))
+        return;
+    event_begin("unknown");
+    event_string("space", bus_space_names[space]);
+    event_hex("address", access->address);
+    event_number("is_write", access->is_write);
+    event_number("size", access->size);
+    event_end();
+    if (machine.note.unknown_io == MACHINE_UNKNOWN_IO_IGNORE)
+        return;
+    say("vmm: the guest crashed: %u-byte %s %s 0x%" PRIx64 ", where there is no device, at rip %s",
+        access->size, access->is_write ? "write to" : "read of", bus_space_names[space],
+        access->address, symbol_or_address(vcpu_regs()->rip).text);
+    say("  if the guest may probe for devices, run it with --unknown-io=ignore");
+    say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
+    run_end(STATUS_CRASH, "unknown access");
+}
+
+static void exit_record_access(enum bus_space space, const struct access *access,
+                               const struct bus_range *range);
+
+static void bus_access(enum bus_space space, struct access *access) {
+    const struct bus_range *range = bus_find(space, access);
+    /* The cause stands before its consequences in the record; what a read gave is known after. */
+    if (access->is_write)
+        exit_record_access(space, access, range);
+    if (range)
+        range->handler(access);
+    else
+        bus_unknown(space, access);
+    if (!access->is_write)
+        exit_record_access(space, access, range);
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Devices */
+
+#define COM1 0x3f8
+
+/* A 16550 UART (PC16550D data sheet, "Registers") whose transmitter is always ready: what the guest
+ * sends is standard output before the next instruction. Not modelled: interrupts, modem lines and
+ * the receive FIFO, beyond which a byte simply stays in standard input. */
+static struct {
+    uint8_t ier, lcr, mcr, scratch;
+    uint8_t divisor[2];
+    int received; /* a byte not read yet, or -1 */
+    bool input_at_end;
+} com1 = {.received = -1};
+
+static void console_write(const uint8_t *bytes, size_t count) {
+    if (fwrite(bytes, 1, count, stdout) != count)
+        die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
+}
+
+static bool com1_has_input(void) {
+    struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
+    if (com1.received < 0 && !com1.input_at_end && poll(&input, 1, 0) == 1) {
+        uint8_t byte;
+        if (read(STDIN_FILENO, &byte, 1) == 1)
+            com1.received = byte;
+        else
+            com1.input_at_end = true;
+    }
+    return com1.received >= 0;
+}
+
+static uint8_t com1_receive(void) {
+    uint8_t byte = com1_has_input() ? (uint8_t)com1.received : 0;
+    com1.received = -1;
+    return byte;
+}
+
+static uint8_t com1_read(unsigned offset) {
+    bool divisor = com1.lcr & UART_LCR_DLAB;
+    switch (offset) {
+    case UART_RX: return divisor ? com1.divisor[0] : com1_receive();
+    case UART_IER: return divisor ? com1.divisor[1] : com1.ier;
+    case UART_IIR: return UART_IIR_NO_INT;
+    case UART_LCR: return com1.lcr;
+    case UART_MCR: return com1.mcr;
+    case UART_LSR: return UART_LSR_THRE | UART_LSR_TEMT | (com1_has_input() ? UART_LSR_DR : 0);
+    case UART_MSR: return UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD;
+    default: return com1.scratch;
+    }
+}
+
+static void com1_write(unsigned offset, uint8_t value) {
+    bool divisor = com1.lcr & UART_LCR_DLAB;
+    switch (offset) {
+    case UART_TX:
+        if (divisor)
+            com1.divisor[0] = value;
+        else
+            console_write(&value, 1);
+        break;
+    case UART_IER: *(divisor ? &com1.divisor[1] : &com1.ier) = value; break;
+    case UART_LCR: com1.lcr = value; break;
+    case UART_MCR: com1.mcr = value; break;
+    case UART_SCR: com1.scratch = value; break;
+    default: break; /* FCR: the FIFOs are as good as on; LSR and MSR are read-only */
+    }
+}
+
+/* An access wider than a byte reaches the registers that follow, as on the ISA bus. */
+static void com1_access(struct access *access) {
+    bool is_text = access->is_write && access->address == COM1 + UART_TX && access->size == 1 &&
+                   !(com1.lcr & UART_LCR_DLAB);
+    if (is_text) {
+        console_write(access->data, access->count);
+        return;
+    }
+    for (uint32_t i = 0; i < access->size * access->count; i++) {
+        unsigned offset = (unsigned)(access->address - COM1) + i % access->size;
+        if (access->is_write)
+            com1_write(offset, access->data[i]);
+        else
+            access->data[i] = com1_read(offset);
+    }
+}
+
+static void exit_port_access(struct access *access) {
+    uint32_t code = 0;
+    if (!access->is_write) {
+        memset(access->data, 0, (size_t)access->size * access->count);
+        return;
+    }
+    memcpy(&code, access->data, access->size);
+    run_end(code == 0 ? STATUS_OK : STATUS_FAILED, "exit");
+    if (code != 0)
+        say("vmm: the guest reports failure %u", code);
+}
+
+static void panic_port_access(struct access *access) {
+    uint32_t panic_gva = 0;
+    if (access->is_write)
+        memcpy(&panic_gva, access->data, access->size);
+    panic_end(panic_gva);
+}
+
+static FILE *debugcon_file;
+
+static void debugcon_access(struct access *access) {
+    size_t size = (size_t)access->size * access->count;
+    if (!access->is_write)
+        memset(access->data, 0xe9, size); /* how a guest finds that it is there */
+    else if (debugcon_file && fwrite(access->data, 1, size, debugcon_file) != size)
+        die(STATUS_HOST, "cannot write to %s: %s", options.debugcon, strerror(errno));
+}
+
+static void devices_create(void) {
+    if (machine.note.devices & MACHINE_DEVICE_COM1)
+        bus_claim(BUS_PIO, COM1, 8, "com1", com1_access);
+    bus_claim(BUS_PIO, PORT_EXIT, 4, "exit", exit_port_access);
+    bus_claim(BUS_PIO, PORT_PANIC, 4, "panic", panic_port_access);
+    bus_claim(BUS_PIO, PORT_DEBUGCON, 1, "debugcon", debugcon_access);
+    if (options.debugcon && !(debugcon_file = fopen(options.debugcon, "we")))
+        die(STATUS_HOST, "cannot write to %s: %s", options.debugcon, strerror(errno));
+}
+
+static void devices_destroy(void) {
+    if (debugcon_file && fclose(debugcon_file))
+        die(STATUS_HOST, "cannot write to %s: %s", options.debugcon, strerror(errno));
+    if (fflush(stdout))
+        die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Exits */
+
+static void exit_io(void) {
+    struct kvm_run *run = machine.run;
+    struct access access = {.address = run->io.port,
+                            .size = run->io.size,
+                            .count = run->io.count,
+                            .is_write = run->io.direction == KVM_EXIT_IO_OUT,
+                            .data = (uint8_t *)run + run->io.data_offset};
+    bus_access(BUS_PIO, &access);
+}
+
+static void exit_mmio(void) {
+    struct kvm_run *run = machine.run;
+    struct access access = {.address = run->mmio.phys_addr,
+                            .size = run->mmio.len,
+                            .count = 1,
+                            .is_write = run->mmio.is_write,
+                            .data = run->mmio.data};
+    bus_access(BUS_MMIO, &access);
+}
+
+/* With interrupts off, a halt is how a guest stops for good. With interrupts on it waits for one,
+ * and no device of this machine sends any. A kernel irqchip handles halts itself. */
+static void exit_hlt(void) {
+    if (!machine.run->if_flag) {
+        run_end(STATUS_OK, "halt");
+        return;
+    }
+    event_begin_at_rip("hang");
+    event_end();
+    say("vmm: the guest hangs: hlt with interrupts on at rip %s, and nothing can interrupt it",
+        symbol_or_address(vcpu_regs()->rip).text);
+    say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
+    run_end(STATUS_HANG, "halt");
+}
+
+static void exit_again(void) {}
+
+static void exit_fail_entry(void) {
+    die(STATUS_HOST, "the CPU refused the VM entry: hardware reason 0x%llx, rip 0x%llx",
+        machine.run->fail_entry.hardware_entry_failure_reason, vcpu_regs()->rip);
+}
+
+/* The reasons this machine can produce. IO and MMIO record themselves, in bus_access(). */
+static const struct exit_kind {
+    const char *name;
+    void (*handle)(void);
+    bool records_itself;
+} exit_kinds[] = {
+    [KVM_EXIT_IO] = {"IO", exit_io, true},
+    [KVM_EXIT_MMIO] = {"MMIO", exit_mmio, true},
+    [KVM_EXIT_HLT] = {"HLT", exit_hlt, false},
+    [KVM_EXIT_INTR] = {"INTR", exit_again, false},
+    [KVM_EXIT_IRQ_WINDOW_OPEN] = {"IRQ_WINDOW_OPEN", exit_again, false},
+    [KVM_EXIT_SHUTDOWN] = {"SHUTDOWN", triple_fault_end, false},
+    [KVM_EXIT_INTERNAL_ERROR] = {"INTERNAL_ERROR", emulation_failure_end, false},
+    [KVM_EXIT_FAIL_ENTRY] = {"FAIL_ENTRY", exit_fail_entry, false},
+};
+
+static const struct exit_kind *exit_kind(void) {
+    static const struct exit_kind none = {NULL, NULL, false};
+    uint32_t reason = machine.run->exit_reason;
+    return reason < LENGTH(exit_kinds) ? &exit_kinds[reason] : &none;
+}
+
+/* Exits by reason, and the one that kept the VMM busy longest. */
+static struct {
+    uint64_t by_kind[LENGTH(exit_kinds)];
+    uint64_t last_guest_ns, last_vmm_ns;
+    uint64_t slowest_exit, slowest_ns;
+    uint32_t slowest_reason;
+    gva_t slowest_rip;
+} exit_totals;
+
+static void exit_record_begin(void) {
+    event_begin_at_rip("exit");
+    event_number("exit", run_totals.exits);
+    event_string("reason", exit_kind()->name ? exit_kind()->name : "?");
+    event_number("if_flag", machine.run->if_flag);
+    event_number("guest_ns", exit_totals.last_guest_ns);
+    event_number("vmm_ns", exit_totals.last_vmm_ns);
+}
+
+static void exit_record_access(enum bus_space space, const struct access *access,
+                               const struct bus_range *range) {
+    if (!events.file)
+        return;
+    exit_record_begin();
+    event_hex(bus_space_names[space], access->address);
+    event_number("is_write", access->is_write);
+    event_number("size", access->size);
+    if (space == BUS_PIO)
+        event_number("count", access->count);
+    event_bytes("data", access->data, (uint64_t)access->size * access->count);
+    if (range)
+        event_string("device", range->name);
+    event_end();
+}
+
+static void exit_dispatch(void) {
+    const struct exit_kind *kind = exit_kind();
+    if (!kind->records_itself && events.file) {
+        exit_record_begin();
+        event_end();
+    }
+    if (!kind->handle) {
+        say("vmm: KVM exits with reason %u, which this VMM does not know, at rip %s",
+            machine.run->exit_reason, symbol_or_address(vcpu_regs()->rip).text);
+        run_end(STATUS_CRASH, "unknown exit");
+        return;
+    }
+    exit_totals.by_kind[machine.run->exit_reason]++;
+    kind->handle();
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Run */
+
+static volatile sig_atomic_t stop_signal;
+
+static void host_half_is_stuck(void) {
+    static const char message[] = "vmm: the time limit is over and the host half does not return "
+                                  "from its handler: look for a loop in host.c\n";
+    ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
+    (void)ignored;
+    _exit(STATUS_HANG);
+}
+
+/* immediate_exit makes the next KVM_RUN return at once, so that a signal that arrives just before
+ * the entry is not lost (KVM API, "immediate_exit"). The run loop looks at stop_signal; a timer that
+ * fires again has found the VMM outside that loop. */
+static void on_stop_signal(int number) {
+    if (stop_signal == SIGALRM && number == SIGALRM)
+        host_half_is_stuck();
+    stop_signal = number;
+    machine.run->immediate_exit = 1;
+}
+
+/* A stray pointer in a host half ends here; `make run` turns the address into a line of host.c. */
+static void on_crash(int number, siginfo_t *info, void *context) {
+    char message[160];
+    const ucontext_t *user = context;
+    int length = snprintf(message, sizeof message,
+                          "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%llx\n",
+                          number, info->si_addr, (long long)user->uc_mcontext.gregs[REG_RIP]);
+    ssize_t ignored = write(STDERR_FILENO, message, (size_t)length);
+    (void)ignored;
+    _exit(STATUS_HOST);
+}
+
+static void signals_install(void) {
+    struct sigaction stop = {.sa_handler = on_stop_signal};
+    struct sigaction crash = {.sa_sigaction = on_crash, .sa_flags = SA_SIGINFO};
+    sigaction(SIGALRM, &stop, NULL);
+    sigaction(SIGINT, &stop, NULL);
+    sigaction(SIGTERM, &stop, NULL);
+    signal(SIGPIPE, SIG_IGN); /* write errors are reported where they happen */
+#ifndef __SANITIZE_ADDRESS__
+    sigaction(SIGSEGV, &crash, NULL);
+    sigaction(SIGBUS, &crash, NULL);
+    sigaction(SIGFPE, &crash, NULL);
+#else
+    (void)crash;
+#endif
+}
+
+static void time_limit_start(void) {
+    struct itimerval limit = {.it_interval.tv_sec = 1};
+    limit.it_value.tv_sec = (time_t)options.time_limit;
+    limit.it_value.tv_usec =
+        (suseconds_t)((options.time_limit - (double)limit.it_value.tv_sec) * 1e6);
+    if (options.time_limit > 0 && !limit.it_value.tv_sec && !limit.it_value.tv_usec)
+        limit.it_value.tv_usec = 1;
+    setitimer(ITIMER_REAL, &limit, NULL);
+}
+
+static void time_limit_stop(void) {
+    struct itimerval never = {0};
+    setitimer(ITIMER_REAL, &never, NULL);
+}
+
+static void say_exits(void) {
+    for (unsigned i = 0; i < LENGTH(exit_kinds); i++)
+        if (exit_totals.by_kind[i])
+            say("  %8" PRIu64 " %s", exit_totals.by_kind[i], exit_kinds[i].name);
+}
+
+static void say_pending(void) {
+    const struct kvm_vcpu_events *pending = &machine.run->s.regs.events;
+    say("  interrupts are %s; waiting to be delivered: %s%s%s%s",
+        machine.run->if_flag ? "on" : "off (RFLAGS.IF = 0)",
+        pending->exception.injected ? "an exception " : "",
+        pending->interrupt.injected ? "an interrupt " : "",
+        pending->nmi.pending || pending->nmi.injected ? "an NMI " : "",
+        pending->exception.injected || pending->interrupt.injected || pending->nmi.pending ||
+                pending->nmi.injected
+            ? ""
+            : "nothing");
+}
+
+/* The guest was interrupted wherever it happened to be: that is the best clue there is. */
+static void stop_end(void) {
+    if (stop_signal != SIGALRM) {
+        say("vmm: ended by signal %d at rip %s", (int)stop_signal,
+            symbol_or_address(vcpu_regs()->rip).text);
+        run_end(STATUS_SIGNALLED + (enum status)stop_signal, "signal");
+        return;
+    }
+    event_begin_at_rip("hang");
+    event_end();
+    say("vmm: the guest hangs: it was still running after %g s, at rip %s", options.time_limit,
+        symbol_or_address(vcpu_regs()->rip).text);
+    say_pending();
+    say("  exits so far:%s", run_totals.exits ? "" : " none");
+    say_exits();
+    say_registers(vcpu_regs());
+    say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
+    run_end(STATUS_HANG, "time limit");
+}
+
+/* The one place where something can still be put into the guest before it runs. */
+static void vcpu_prepare_entry(void) {
+    if (&host_half && host_half.before_entry)
+        host_half.before_entry();
+}
+
+/* One VM entry and the exit that ends it, with the time spent on either side. */
+static void vcpu_enter(void) {
+    static uint64_t left_ns; /* when the guest was last left */
+    uint64_t entered_ns = clock_ns();
+    if (run_totals.exits > 0) {
+        exit_totals.last_vmm_ns = entered_ns - left_ns;
+        run_totals.vmm_ns += exit_totals.last_vmm_ns;
+        if (exit_totals.last_vmm_ns > exit_totals.slowest_ns) {
+            exit_totals.slowest_ns = exit_totals.last_vmm_ns;
+            exit_totals.slowest_exit = run_totals.exits;
+            exit_totals.slowest_reason = machine.run->exit_reason;
+            exit_totals.slowest_rip = vcpu_regs()->rip;
+        }
+    }
+    if (ioctl(machine.vcpu, KVM_RUN, NULL) < 0 && errno != EINTR)
+        die(STATUS_HOST, "KVM_RUN failed at rip %s: %s", symbol_or_address(vcpu_regs()->rip).text,
+            strerror(errno));
+    left_ns = clock_ns();
+    exit_totals.last_guest_ns = left_ns - entered_ns;
+    run_totals.guest_ns += exit_totals.last_guest_ns;
+    run_totals.exits++;
+}
+
+static void vm_run(void) {
+    time_limit_start();
+    while (!outcome.ended) {
+        vcpu_prepare_entry();
+        vcpu_enter();
+        exit_dispatch();
+        if (stop_signal && !outcome.ended)
+            stop_end();
+    }
+    time_limit_stop();
+}
+
+static void summary_print(void) {
+    say("exits: %" PRIu64 ", %.3f ms in the guest, %.3f ms in the VMM", run_totals.exits,
+        (double)run_totals.guest_ns / 1e6, (double)run_totals.vmm_ns / 1e6);
+    say_exits();
+    if (exit_totals.slowest_exit)
+        say("slowest: exit %" PRIu64 " (%s at %s) kept the VMM busy for %.3f ms",
+            exit_totals.slowest_exit, exit_kinds[exit_totals.slowest_reason].name,
+            symbol_or_address(exit_totals.slowest_rip).text, (double)exit_totals.slowest_ns / 1e6);
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Host-half API */
+
+void host_claim_pio(uint16_t first, uint32_t ports, const char *name, access_handler handler) {
+    bus_claim(BUS_PIO, first, ports, name, handler);
+}
+
+void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_handler handler) {
+    bus_claim(BUS_MMIO, first_gpa, bytes, name, handler);
+}
+
+uint64_t host_seed(void) { return options.seed; }
+void *host_memory(gpa_t gpa, uint64_t size) { return memory_at(gpa, size); }
+const struct kvm_regs *host_regs(void) { return vcpu_regs(); }
+const struct kvm_sregs *host_sregs(void) { return vcpu_sregs(); }
+struct walk host_walk(gpa_t root_gpa, gva_t gva) {
+    return page_walk(root_gpa, gva);
+}
+
+struct kvm_translation host_translate(gva_t gva) {
+    struct kvm_translation translation = {.linear_address = gva};
+    KVM_PASS(machine.vcpu, KVM_TRANSLATE, &translation);
+    return translation;
+}
+
+void host_todo(const char *file, int line, const char *task) {
+    char location[128];
+    snprintf(location, sizeof location, "%s:%d", file, line);
+    todo_end(location, task);
+    events_close(outcome.status, outcome.how);
+    exit(outcome.status);
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+
+static void record_start(void) {
+    event_begin("start");
+    event_number("version", EVENTS_VERSION);
+    event_string("image", options.image);
+    event_hex("seed", options.seed);
+    event_number("memory_mib", machine.note.memory_mib);
+    event_string("irqchip", irqchip_names[machine.note.irqchip]);
+    event_end();
+}
+
+int main(int argc, char **argv) {
+    run_totals.started_ns = clock_ns();
+    options_parse(argc, argv);
+
+    image_open();
+    image.is_elf = image_elf_header();
+    machine.note = image_machine();
+    memory_create(machine.note.memory_mib * MIB);
+    image_load();
+    symbols_load();
+
+    kvm_open();
+    vm_create();
+    vcpu_create();
+    boot_data_write();
+    vcpu_set_entry_state();
+    devices_create();
+
+    if (options.events)
+        events_open(options.events);
+    record_start();
+    signals_install();
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+    if (&host_half && host_half.setup)
+        host_half.setup();
+    vm_run();
+    if (&host_half && host_half.end)
+        host_half.end();
+
+    devices_destroy();
+    if (options.summary)
+        summary_print();
+    events_close(outcome.status, outcome.how);
+    return outcome.status;
+}
