@@ -1,0 +1,194 @@
+; From the PVH entry point to C: the only code here that runs in 32-bit mode, the exception stubs,
+; and the way into ring 3 and back.
+;
+; The VMM (or any PVH boot loader) enters pvh_entry in 32-bit protected mode with paging off and
+; ebx = gpa of hvm_start_info (include/pvh.h). What long mode needs - page tables, GDT - is static
+; data, computed by the assembler, so that entering it takes a dozen instructions.
+
+PTE_PRESENT     equ 1 << 0
+PTE_WRITABLE    equ 1 << 1
+PTE_LARGE       equ 1 << 7
+CR0_WP          equ 1 << 16             ; read-only pages bind ring 0, too
+CR0_PG          equ 1 << 31
+CR4_PAE         equ 1 << 5
+CR4_OSFXSR      equ 1 << 9
+MSR_EFER        equ 0xc0000080
+EFER_LME        equ 1 << 8
+EFER_NXE        equ 1 << 11             ; bit 63 of an entry is no-execute, not reserved
+
+KERNEL_CODE     equ 0x08                ; selectors, as in guest.h
+KERNEL_DATA     equ 0x10
+USER_DATA       equ 0x18 | 3
+USER_CODE       equ 0x20 | 3
+
+extern guest_start, trap_dispatch
+
+; The ELF note that makes this image bootable (Xen, "x86/HVM direct boot ABI").
+section .note.pvh note alloc noexec nowrite align=4
+        dd 4, 4, 18                     ; name size, descriptor size, XEN_ELFNOTE_PHYS32_ENTRY
+        db "Xen", 0
+        dd pvh_entry
+
+section .text
+bits 32
+global pvh_entry
+pvh_entry:
+        mov esp, boot_stack.top
+        lgdt [gdt_pointer]
+        mov eax, cr4
+        or eax, CR4_PAE | CR4_OSFXSR    ; OSFXSR: the coverage build links a library that uses SSE
+        mov cr4, eax
+        mov eax, boot_pml4
+        mov cr3, eax
+        mov ecx, MSR_EFER
+        rdmsr
+        or eax, EFER_LME | EFER_NXE
+        wrmsr
+        mov eax, cr0
+        or eax, CR0_PG | CR0_WP
+        mov cr0, eax                    ; long mode is active now, in 32-bit compatibility mode
+        jmp KERNEL_CODE:.long_mode
+bits 64
+.long_mode:
+        mov eax, KERNEL_DATA
+        mov ds, eax
+        mov es, eax
+        mov ss, eax
+        mov edi, ebx                    ; guest_start(start_info_gpa)
+        xor ebp, ebp                    ; backtraces end here
+        call guest_start                ; does not return
+
+; One stub for each vector. The CPU pushes an error code for some exceptions; the others get a 0, so
+; that every struct trap_frame (include/machine.h) looks alike. Stubs are 16 bytes apart:
+; trap_install() computes their addresses.
+global trap_stubs
+align 16
+trap_stubs:
+%assign vector 0
+%rep 256
+        align 16
+%if vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21
+        push vector
+%else
+        push 0
+        push vector
+%endif
+        jmp trap_entry
+%assign vector vector + 1
+%endrep
+
+trap_entry:
+        push rax
+        push rbx
+        push rcx
+        push rdx
+        push rbp
+        push rsi
+        push rdi
+        push r8
+        push r9
+        push r10
+        push r11
+        push r12
+        push r13
+        push r14
+        push r15
+        cld
+        mov rdi, rsp                    ; trap_dispatch(struct trap_frame *)
+        mov rbp, rsp
+        and rsp, -16                    ; what the C ABI expects at a call
+        call trap_dispatch
+        mov rsp, rbp
+        pop r15
+        pop r14
+        pop r13
+        pop r12
+        pop r11
+        pop r10
+        pop r9
+        pop r8
+        pop rdi
+        pop rsi
+        pop rbp
+        pop rdx
+        pop rcx
+        pop rbx
+        pop rax
+        add rsp, 16                     ; vector, error code
+        iretq
+
+; uint64_t user_call(uint64_t entry_gva, uint64_t stack_gva, uint64_t argument)
+; Enter ring 3 as if returning from an interrupt there. RSP0 of the TSS points at the registers
+; saved here: a trap out of ring 3 pushes its frame below them, and user_return finds them.
+global user_call
+extern tss
+user_call:
+        push rbp
+        mov rbp, rsp
+        push rbx
+        push r12
+        push r13
+        push r14
+        push r15
+        mov [tss + 4], rsp              ; RSP0: SDM 3A "64-Bit TSS Format"
+        push USER_DATA
+        push rsi
+        pushfq
+        push USER_CODE
+        push rdi
+        mov rdi, rdx
+        iretq
+
+; The gate of USER_RETURN_VECTOR: ring 3 is done, rax is its result.
+global user_return
+user_return:
+        mov rsp, [tss + 4]
+        pop r15
+        pop r14
+        pop r13
+        pop r12
+        pop rbx
+        pop rbp
+        ret
+
+section .data
+align 8
+global gdt
+gdt:
+        dq 0
+        dq 0x00af9b000000ffff           ; KERNEL_CODE: 64-bit, ring 0
+        dq 0x00cf93000000ffff           ; KERNEL_DATA
+        dq 0x00cff3000000ffff           ; USER_DATA, ring 3
+        dq 0x00affb000000ffff           ; USER_CODE
+global gdt_tss
+gdt_tss:
+        dq 0, 0                         ; trap_install() fills it in
+gdt_pointer:
+        dw $ - gdt - 1
+        dq gdt
+
+; gva = gpa for the first 4 GiB, in 2 MiB pages, for ring 0 only. Lessons have the rest of the
+; address space to themselves.
+align 4096
+global boot_pml4
+boot_pml4:
+        dq boot_pdpt + PTE_PRESENT + PTE_WRITABLE
+        times 511 dq 0
+boot_pdpt:
+        dq boot_pd + 0x0000 + PTE_PRESENT + PTE_WRITABLE
+        dq boot_pd + 0x1000 + PTE_PRESENT + PTE_WRITABLE
+        dq boot_pd + 0x2000 + PTE_PRESENT + PTE_WRITABLE
+        dq boot_pd + 0x3000 + PTE_PRESENT + PTE_WRITABLE
+        times 508 dq 0
+boot_pd:
+%assign gpa 0
+%rep 4 * 512
+        dq gpa + PTE_PRESENT + PTE_WRITABLE + PTE_LARGE
+%assign gpa gpa + 0x200000
+%endrep
+
+section .bss
+align 16
+boot_stack:
+        resb 32768
+.top:
