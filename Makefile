@@ -1,0 +1,140 @@
+# Every command a user types; `make help` lists them. What needs more than a line is in tools/.
+
+LESSONS ?= lessons
+BUILD ?= build
+PYTHON ?= /usr/bin/python3
+CC = gcc
+NASM = nasm
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+
+KVMLAB = PYTHONPATH=tools PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m kvmlab --lessons=$(LESSONS) --build=$(BUILD)
+
+# ---- what users type ----
+
+run: build-lesson ## LESSON=n [SEED=s] [EVENTS=file]  build a lesson, run it once, judge what the machine did
+	@$(KVMLAB) run $(LESSON) $(if $(SEED),--seed=$(SEED)) $(if $(EVENTS),--events=$(EVENTS))
+
+check: build-lesson ## LESSON=n [SEED=s]  the same checks over several seeds, with points
+	@$(KVMLAB) check $(LESSON) $(if $(SEED),--seed=$(SEED))
+
+list: setup-run ## the lessons
+	@$(KVMLAB) list
+
+hint: setup-run ## LESSON=n  the next hint; each time one more
+	@$(KVMLAB) hint $(LESSON)
+
+handout: setup-run ## DEST=dir  write the student tree: the lessons without their solutions
+	@$(KVMLAB) handout $(DEST)
+
+test: setup-test lint-free-build ## everything that must hold before a change lands
+	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+cover: setup-cover ## line coverage of the VMM and of the guest runtime, as HTML in build/cover
+	@tools/cover
+
+lint: setup-lint ## formatting, static analysis and types of all sources
+	@tools/lint
+
+setup: ## install every package that any of these commands needs
+	@tools/setup run test cover lint
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1 \2/p' $(firstword $(MAKEFILE_LIST)) | sed -E 's/  ([a-z])/  \1/'
+
+clean: ## remove everything that was built
+	rm -rf build
+
+setup-%:
+	@tools/setup $*
+
+.PHONY: run check list hint handout test cover lint setup help clean lint-free-build build-lesson build-all
+
+# ---- how it is built ----
+
+WARNINGS = -Wall -Wextra -Werror -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
+VMM_CFLAGS = -std=gnu11 -O2 -g -fno-pie -D_GNU_SOURCE $(WARNINGS) -Iinclude
+# No SSE or x87 in the guest (nobody saves their registers in a trap), no red zone (a trap would
+# overwrite it), frame pointers for the VMM's backtraces.
+GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -Iguest -ffreestanding -fno-pic -fno-pie \
+	-fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables \
+	-mgeneral-regs-only -mno-red-zone -fno-omit-frame-pointer
+GUEST_LDFLAGS = -nostdlib -static -no-pie -Wl,-z,noexecstack,-z,max-page-size=4096,--build-id=none \
+	-Wl,--no-warn-rwx-segments -T guest/image.ld
+
+ifdef SANITIZE
+VMM_CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all
+endif
+ifdef COVERAGE
+VMM_CFLAGS += --coverage -fprofile-abs-path
+GUEST_COVERAGE = -fprofile-arcs -ftest-coverage -fprofile-info-section -fprofile-abs-path -DKVMLAB_COVERAGE
+GUEST_LIBS = -lgcov
+RUNTIME_EXTRA = coverage
+endif
+
+HEADERS = $(wildcard include/*.h)
+GUEST_HEADERS = $(HEADERS) $(wildcard guest/*.h)
+RUNTIME = $(patsubst %,$(BUILD)/guest/%.o,boot_entry boot console paging string trap $(RUNTIME_EXTRA))
+
+$(BUILD)/guest/boot_entry.o: guest/boot.asm
+	@mkdir -p $(@D)
+	$(NASM) -f elf64 -g -F dwarf $< -o $@
+
+# The counters must not count themselves: coverage.c is built without.
+$(BUILD)/guest/coverage.o: guest/coverage.c $(GUEST_HEADERS) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(GUEST_CFLAGS) -DKVMLAB_COVERAGE -c $< -o $@
+
+$(BUILD)/guest/%.o: guest/%.c $(GUEST_HEADERS) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(GUEST_CFLAGS) $(GUEST_COVERAGE) -c $< -o $@
+
+$(BUILD)/vmm/vmm.o: vmm/vmm.c $(HEADERS) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(VMM_CFLAGS) -c $< -o $@
+
+$(BUILD)/vmm/vmm: $(BUILD)/vmm/vmm.o
+	$(CC) $(VMM_CFLAGS) -no-pie $< -o $@
+
+# A lesson: image.elf from guest.c, and a VMM of its own where it has a host.c.
+$(BUILD)/lessons/%/guest.o: $(LESSONS)/%/guest.c $(GUEST_HEADERS) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(GUEST_CFLAGS) -c $< -o $@
+
+$(BUILD)/lessons/%/image.elf: $(BUILD)/lessons/%/guest.o $(RUNTIME) guest/image.ld
+	$(CC) $(GUEST_LDFLAGS) $(filter %.o,$^) $(GUEST_LIBS) -o $@
+
+$(BUILD)/lessons/%/host.o: $(LESSONS)/%/host.c $(HEADERS) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(VMM_CFLAGS) -c $< -o $@
+
+$(BUILD)/lessons/%/vmm: $(BUILD)/lessons/%/host.o $(BUILD)/vmm/vmm.o
+	$(CC) $(VMM_CFLAGS) -no-pie $^ -o $@
+
+# The guests of the tests: one file each.
+$(BUILD)/tests/%.elf: tests/guests/%.c $(RUNTIME) $(GUEST_HEADERS) guest/image.ld Makefile
+	@mkdir -p $(@D)
+	$(CC) $(GUEST_CFLAGS) $(GUEST_LDFLAGS) $< $(RUNTIME) $(GUEST_LIBS) -o $@
+
+ALL_LESSONS = $(notdir $(patsubst %/,%,$(dir $(wildcard $(LESSONS)/*/lesson.toml))))
+HOST_LESSONS = $(notdir $(patsubst %/,%,$(dir $(wildcard $(LESSONS)/*/host.c))))
+# LESSON is 1, 01 or 01-vm-exit.
+THE_LESSON = $(firstword $(filter $(LESSON) $(LESSON)-% 0$(LESSON)-%,$(ALL_LESSONS)))
+lesson_files = $(BUILD)/lessons/$(1)/image.elf $(if $(filter $(1),$(HOST_LESSONS)),$(BUILD)/lessons/$(1)/vmm,$(BUILD)/vmm/vmm)
+
+# What a lesson includes from its own folder.
+$(foreach lesson,$(ALL_LESSONS),$(eval $(BUILD)/lessons/$(lesson)/guest.o $(BUILD)/lessons/$(lesson)/host.o: $(wildcard $(LESSONS)/$(lesson)/*.h)))
+
+build-lesson: setup-run
+	@$(if $(LESSON),,echo "which lesson? say LESSON=n, as in: make $(firstword $(MAKECMDGOALS)) LESSON=1" >&2; exit 2)
+	@$(if $(THE_LESSON),,echo "there is no lesson $(LESSON): make list shows those there are" >&2; exit 2)
+	@$(MAKE) --no-print-directory -s BUILD=$(BUILD) LESSONS=$(LESSONS) $(call lesson_files,$(THE_LESSON))
+
+TEST_GUESTS = $(patsubst tests/guests/%.c,$(BUILD)/tests/%.elf,$(wildcard tests/guests/*.c))
+
+build-all: $(BUILD)/vmm/vmm $(foreach lesson,$(ALL_LESSONS),$(call lesson_files,$(lesson))) $(TEST_GUESTS)
+
+.SECONDARY:

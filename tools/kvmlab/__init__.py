@@ -1,0 +1,1 @@
+"""kvmlab's commands and the harness that judges what a machine did."""

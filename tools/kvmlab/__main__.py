@@ -1,0 +1,110 @@
+"""The commands behind `make run`, `check`, `list`, `hint` and `handout`."""
+
+import argparse
+import secrets
+import sys
+from pathlib import Path
+
+from kvmlab import lesson as lessons
+from kvmlab.lesson import Lesson, UsageError
+
+CHECK_SEEDS = 3
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from kvmlab import judge, runner
+
+    lesson = lessons.find(arguments.lessons, arguments.lesson)
+    seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
+    built = runner.lesson_built(arguments.build, lesson.name)
+    events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
+    print(f"lesson {lesson.number}: {lesson.title} (SEED={seed})", flush=True)
+    run = runner.run_on_terminal(built, seed=seed, events=events)
+    if not run.events:
+        return run.status
+    verdicts = judge.judge(lesson, arguments.build, [seed], run)
+    print(judge.report(lesson, verdicts))
+    if any(not verdict.passed for verdict in verdicts):
+        print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
+        return run.status or 1
+    return run.status
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from kvmlab import judge
+
+    lesson = lessons.find(arguments.lessons, arguments.lesson)
+    seeds = [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)] if arguments.seed is None else [arguments.seed]
+    print(f"lesson {lesson.number}: {lesson.title} (seeds {', '.join(map(str, seeds))})", flush=True)
+    verdicts = judge.judge(lesson, arguments.build, seeds)
+    print(judge.report(lesson, verdicts))
+    return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    for lesson in lessons.load_all(arguments.lessons):
+        print(f"{lesson.number:3}  {lesson.title}  ({sum(lesson.points.values())} points, {lesson.folder})")
+    return 0
+
+
+def _hint(arguments: argparse.Namespace) -> int:
+    """The next tier each time; where the student is stands in the build folder."""
+    lesson: Lesson = lessons.find(arguments.lessons, arguments.lesson)
+    place = arguments.build / "lessons" / lesson.name / "hints-given"
+    given = int(place.read_text()) if place.exists() else 0
+    tiers = max(len(hint.tiers) for hint in lesson.hints)
+    tier = min(given, tiers - 1)
+    print(f"lesson {lesson.number}, hint {tier + 1} of {tiers}")
+    for hint in lesson.hints:
+        print(f"  {hint.task}:\n    {hint.tiers[min(tier, len(hint.tiers) - 1)]}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(str(given + 1))
+    return 0
+
+
+def _handout(arguments: argparse.Namespace) -> int:
+    from kvmlab import handout
+
+    handout.write(Path.cwd(), arguments.destination)
+    print(f"the student tree is in {arguments.destination}")
+    return 0
+
+
+def _seed(text: str) -> int:
+    seed = int(text, 0)
+    if not 0 <= seed < 1 << 64:
+        raise ValueError
+    return seed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvmlab", description=__doc__)
+    parser.add_argument("--lessons", type=Path, default=Path("lessons"))
+    parser.add_argument("--build", type=Path, default=Path("build"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function in {"run": _run, "check": _check, "hint": _hint}.items():
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        command.add_argument("lesson")
+        if name != "hint":
+            command.add_argument("--seed", type=_seed)
+        if name == "run":
+            command.add_argument("--events", type=Path)
+    commands.add_parser("list").set_defaults(function=_list)
+    command = commands.add_parser("handout")
+    command.set_defaults(function=_handout)
+    command.add_argument("destination", type=Path)
+    return parser
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    try:
+        return arguments.function(arguments)
+    except UsageError as error:
+        print(f"kvmlab: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

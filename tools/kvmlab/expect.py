@@ -1,0 +1,53 @@
+"""How a check says what is wrong: what was expected, what was seen, and the events around it."""
+
+from typing import NoReturn
+
+from kvmlab import events
+from kvmlab.events import Event
+from kvmlab.runner import Run
+
+
+class CheckFailed(AssertionError):
+    """A check that does not hold; its text is what the student reads."""
+
+
+def expect(run: Run, what: str, *, expected: object, seen: object, near: Event | None = None) -> None:
+    """Fail unless both are equal. near: the event that shows it."""
+    __tracebackhide__ = True
+    if expected != seen:
+        fail(run, what, f"expected {_shown(expected)}", f"seen     {_shown(seen)}", near=near)
+
+
+def require(run: Run, what: str, kind: str, **fields: object) -> Event:
+    """The first event of this kind with these fields; fail if the run has none."""
+    __tracebackhide__ = True
+    found = run.one(kind, **fields)
+    if found is None:
+        wanted = " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
+        fail(run, what, f"expected an event: {kind} {wanted}", "seen     none", _how_it_ended(run))
+    return found
+
+
+def fail(run: Run, what: str, *lines: str, near: Event | None = None) -> NoReturn:
+    """Fail with these lines."""
+    __tracebackhide__ = True
+    context = list(events.around(run.events, near)) if near else []
+    raise CheckFailed("\n".join([what, *lines, *context]))
+
+
+def _how_it_ended(run: Run) -> str:
+    end = run.end
+    how = end.how if end else "the VMM was killed"
+    return f"the run ended by: {how} (status {run.status}), after {end.exits if end else '?'} exits"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return hex(value)
+    if isinstance(value, bytes):
+        return value.hex(" ") or "nothing"
+    if isinstance(value, (list, tuple, set)):
+        return "[" + ", ".join(_shown(item) for item in (sorted(value) if isinstance(value, set) else value)) + "]"
+    return str(value)

@@ -1,0 +1,86 @@
+"""Apply a lesson's checks and say what came out: the verdict of `make run` and `make check`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvmlab import plugin
+from kvmlab.expect import CheckFailed
+from kvmlab.lesson import Lesson
+from kvmlab.runner import Run
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One check applied to the run of one seed."""
+
+    check: str
+    seed: int
+    passed: bool
+    message: str = ""
+
+
+class _Collector:
+    """A pytest plugin that keeps the outcome of every check."""
+
+    def __init__(self, recorded: Run | None) -> None:
+        self.recorded = recorded
+        self.verdicts: list[Verdict] = []
+        self.errors: list[str] = []
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        if self.recorded:
+            config.stash[plugin.RECORDED] = self.recorded
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.errors.append(str(report.longrepr))
+
+    def pytest_runtest_makereport(self, item: pytest.Function, call: pytest.CallInfo[None]) -> None:
+        if call.excinfo is None and call.when != "call":
+            return
+        seed = item.callspec.params["run"]
+        error = call.excinfo.value if call.excinfo else None
+        if error is None:
+            message = ""
+        elif isinstance(error, CheckFailed):
+            message = str(error)
+        else:
+            message = f"the check itself failed: {call.excinfo.exconly() if call.excinfo else ''}"
+        check = (item.originalname or item.name).removeprefix("test_")
+        self.verdicts.append(Verdict(check, seed, error is None, message))
+
+
+def judge(lesson: Lesson, build: Path, seeds: Iterable[int], recorded: Run | None = None) -> list[Verdict]:
+    """The verdict of every check for every seed; recorded: a run to judge instead of making one."""
+    collector = _Collector(recorded)
+    options = ["-p", "no:terminal", "-p", "no:cacheprovider", f"--build={build}"]
+    pytest.main([str(lesson.tests), *options, "--seeds=" + ",".join(map(str, seeds))], plugins=[collector])
+    if collector.errors or not collector.verdicts:
+        raise RuntimeError(f"{lesson.tests} cannot be used:\n" + "\n".join(collector.errors))
+    return collector.verdicts
+
+
+def points(lesson: Lesson, verdicts: list[Verdict]) -> int:
+    """A check gives its points if it holds for every seed."""
+    failed = {verdict.check for verdict in verdicts if not verdict.passed}
+    return sum(worth for check, worth in lesson.points.items() if check not in failed)
+
+
+def report(lesson: Lesson, verdicts: list[Verdict]) -> str:
+    """One line for each check, and for the first that fails all there is to say."""
+    lines = []
+    explained = False
+    for check, worth in lesson.points.items():
+        of_check = [verdict for verdict in verdicts if verdict.check == check]
+        failed = next((verdict for verdict in of_check if not verdict.passed), None)
+        title = check.replace("_", " ")
+        lines.append(f"  {'FAIL' if failed else 'pass'}  {0 if failed else worth}/{worth}  {title}")
+        if failed and not explained:
+            explained = True
+            lines += [f"             {line}" for line in [*failed.message.splitlines(), f"(seed {failed.seed})"]]
+    total = sum(lesson.points.values())
+    lines.append(f"lesson {lesson.number}: {points(lesson, verdicts)} of {total} points")
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""The lessons: what lesson.toml says, and where a built lesson lies."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """The user asked for something that is not there: one line, exit status 2."""
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Three tiers of help with one task: a direction, a tool, nearly the answer."""
+
+    task: str
+    tiers: list[str]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One folder under lessons/."""
+
+    folder: Path
+    title: str
+    engines: list[str]
+    points: dict[str, int]
+    hints: list[Hint]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def number(self) -> int:
+        return int(self.name.split("-")[0])
+
+    @property
+    def tests(self) -> Path:
+        return self.folder / "test_lesson.py"
+
+
+def load(folder: Path) -> Lesson:
+    data = tomllib.loads((folder / "lesson.toml").read_text())
+    hints = [Hint(hint["task"], hint["tiers"]) for hint in data["hints"]]
+    return Lesson(folder, data["title"], data["engines"], data["points"], hints)
+
+
+def load_all(lessons: Path) -> list[Lesson]:
+    return [load(path.parent) for path in sorted(lessons.glob("*/lesson.toml"))]
+
+
+def find(lessons: Path, name: str) -> Lesson:
+    """The lesson called 1, 01 or 01-vm-exit."""
+    for lesson in load_all(lessons):
+        number = lesson.name.split("-")[0]
+        if name in (lesson.name, number, number.lstrip("0")):
+            return lesson
+    raise UsageError(f"there is no lesson {name}: make list shows those there are")

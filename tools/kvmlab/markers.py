@@ -1,0 +1,47 @@
+"""Solutions and stubs: how the student's version of a file follows from ours.
+
+A place where a student writes code looks like this, here and, without the solution, in the student's
+tree:
+
+    /* BEGIN SOLUTION */
+    the solution
+    /* STUB
+    what the student finds instead
+    END SOLUTION */
+"""
+
+BEGIN = "/* BEGIN SOLUTION */"
+STUB = "/* STUB"
+END = "END SOLUTION */"
+STUDENT_END = "/* END SOLUTION */"
+
+
+class MarkerError(Exception):
+    """The markers of a file do not pair up."""
+
+
+def is_marked(text: str) -> bool:
+    return BEGIN in text
+
+
+def student_version(text: str, name: str = "file") -> str:
+    """The text with each solution replaced by its stub."""
+    lines: list[str] = []
+    part = "given"
+    for number, line in enumerate(text.splitlines(), start=1):
+        marker = line.strip()
+        if marker == BEGIN and part == "given":
+            part = "solution"
+            lines.append(line)
+        elif marker == STUB and part == "solution":
+            part = "stub"
+        elif marker == END and part == "stub":
+            part = "given"
+            lines.append(line.replace(END, STUDENT_END))
+        elif marker in (BEGIN, STUB, END, STUDENT_END):
+            raise MarkerError(f"{name}:{number}: {marker} does not belong here")
+        elif part != "solution":
+            lines.append(line)
+    if part != "given":
+        raise MarkerError(f"{name}: the last {part} has no end")
+    return "\n".join(lines) + "\n"
