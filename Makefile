@@ -30,8 +30,9 @@ hint: setup-run ## LESSON=n  the next hint; each time one more
 handout: setup-run ## DEST=dir  write the student tree: the lessons without their solutions
 	@$(KVMLAB) handout $(DEST)
 
-test: setup-test lint-free-build ## everything that must hold before a change lands
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+test: setup-test ## everything that must hold before a change lands
+	@$(MAKE) --no-print-directory -s -j2 build-all build-asan
+	@$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
 
 cover: setup-cover ## line coverage of the VMM and of the guest runtime, as HTML in build/cover
 	@tools/cover
@@ -51,7 +52,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check list hint handout test cover lint setup help clean lint-free-build build-lesson build-all
+.PHONY: run check list hint handout test cover lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 
@@ -136,5 +137,9 @@ build-lesson: setup-run
 TEST_GUESTS = $(patsubst tests/guests/%.c,$(BUILD)/tests/%.elf,$(wildcard tests/guests/*.c))
 
 build-all: $(BUILD)/vmm/vmm $(foreach lesson,$(ALL_LESSONS),$(call lesson_files,$(lesson))) $(TEST_GUESTS)
+
+# The VMM under AddressSanitizer and UndefinedBehaviorSanitizer, for the tests.
+build-asan:
+	@$(MAKE) --no-print-directory -s SANITIZE=1 BUILD=build/asan build/asan/vmm/vmm
 
 .SECONDARY:
