@@ -56,7 +56,10 @@ class _Collector:
 def judge(lesson: Lesson, build: Path, seeds: Iterable[int], recorded: Run | None = None) -> list[Verdict]:
     """The verdict of every check for every seed; recorded: a run to judge instead of making one."""
     collector = _Collector(recorded)
-    options = ["-p", "no:terminal", "-p", "no:cacheprovider", f"--build={build}"]
+    # A lesson may lie outside the project: name what pytest would else look for around it.
+    project = ["-c", str(plugin.ROOT / "pyproject.toml"), f"--rootdir={plugin.ROOT}"]
+    project += ["--noconftest", "-p", "kvmlab.plugin"]
+    options = [*project, "-p", "no:terminal", "-p", "no:cacheprovider", f"--build={build}"]
     pytest.main([str(lesson.tests), *options, "--seeds=" + ",".join(map(str, seeds))], plugins=[collector])
     if collector.errors or not collector.verdicts:
         raise RuntimeError(f"{lesson.tests} cannot be used:\n" + "\n".join(collector.errors))
