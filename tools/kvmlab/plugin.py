@@ -2,6 +2,7 @@
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,16 +24,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    given = config.getoption("--seeds")
-    # Three fixed seeds, and one that is new each time: the header names it. Workers of xdist must
-    # collect the same tests, so the seed of the first process is handed on through the options.
+    # Workers of xdist must collect the same tests: they get the seeds of the first process.
+    given = getattr(config, "workerinput", {}).get("seeds") or config.getoption("--seeds")
+    # Three fixed seeds, and one that is new each time: the header names it.
     seeds = [int(seed) for seed in given.split(",")] if given else [1, 2, 3, secrets.randbelow(1 << 32)]
-    config.option.seeds = ",".join(map(str, seeds))
     config.stash[SEEDS] = seeds
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:  # noqa: ANN401 - a type of xdist's, which need not be installed
+    node.workerinput["seeds"] = ",".join(map(str, node.config.stash[SEEDS]))
+
+
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"lesson seeds: {config.option.seeds}"
+    return "lesson seeds: " + ", ".join(map(str, config.stash[SEEDS]))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
