@@ -81,6 +81,7 @@ void trap_handle(uint8_t vector, trap_handler handler) { handlers[vector] = hand
 
 /* On a machine without the VMM the panic port does nothing, and this line is all there is. */
 static _Noreturn void panic_report(const struct panic *panic) {
+    coverage_write();
     out32(PORT_PANIC, (uint32_t)(uintptr_t)panic);
     const struct trap_frame *frame = (const void *)panic->frame_gva;
     if (frame)

@@ -1,9 +1,11 @@
 """Run an image in the VMM and collect all that can be known about the run."""
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,4 +101,8 @@ def crash_location(built: Built, errors: str) -> str:
 
 
 def _command(built: Built, options: Sequence[str], seed: int, events: Path) -> list[str]:
-    return [str(built.vmm), f"--seed={seed}", f"--events={events}", *options, str(built.image)]
+    command = [str(built.vmm), f"--seed={seed}", f"--events={events}"]
+    # `make cover` wants what the guest sends of its counters (guest/coverage.c).
+    if streams := os.environ.get("KVMLAB_GUEST_COVERAGE"):
+        command.append(f"--debugcon={streams}/{uuid.uuid4()}")
+    return [*command, *options, str(built.image)]
