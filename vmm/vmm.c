@@ -392,7 +392,7 @@ enum entry_protocol { ENTRY_PVH, ENTRY_MULTIBOOT };
 static struct {
     const uint8_t *bytes;
     uint64_t size;
-    bool is_elf;
+    bool is_elf, is_64;
     Elf64_Ehdr elf; /* ELF32 widened */
     struct segment segments[SEGMENTS_MAX];
     unsigned segment_count;
@@ -407,21 +407,22 @@ static struct {
 #define BOOT_DATA_SIZE UINT64_C(0x2000)
 #define COMMAND_LINE_MAX 2048
 
-#define image_die(...) die(STATUS_HOST, __VA_ARGS__)
+#define image_die(format, ...) \
+    die(STATUS_HOST, "%s: " format, options.image __VA_OPT__(, ) __VA_ARGS__)
 
 static void image_open(void) {
     int fd = open(options.image, O_RDONLY | O_CLOEXEC);
     struct stat status;
     if (fd < 0 || fstat(fd, &status) < 0)
-        image_die("cannot read the image %s: %s", options.image, strerror(errno));
+        image_die("cannot read the image: %s", strerror(errno));
     if (!S_ISREG(status.st_mode))
-        image_die("the image %s is not a file", options.image);
+        image_die("not a file");
     if (status.st_size == 0)
-        image_die("the image %s is empty", options.image);
+        image_die("the file is empty");
     image.size = (uint64_t)status.st_size;
     image.bytes = mmap(NULL, image.size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (image.bytes == MAP_FAILED)
-        image_die("cannot read the image %s: %s", options.image, strerror(errno));
+        image_die("cannot read the image: %s", strerror(errno));
     close(fd);
 }
 
@@ -443,40 +444,35 @@ static bool image_read_item(uint64_t base, uint64_t index, void *to, uint64_t si
            image_read(base + index * size, to, size);
 }
 
+/* Read the ELF header, if there is one; that of an ELF32 file is widened. */
 static bool image_elf_header(void) {
-    unsigned char ident[EI_NIDENT];
-    if (!image_read(0, ident, sizeof ident) || memcmp(ident, ELFMAG, SELFMAG) != 0)
+    Elf64_Ehdr *header = &image.elf;
+    Elf32_Ehdr narrow;
+    if (!image_read(0, header->e_ident, EI_NIDENT) || memcmp(header->e_ident, ELFMAG, SELFMAG))
         return false;
-    if (ident[EI_CLASS] == ELFCLASS64 && ident[EI_DATA] == ELFDATA2LSB) {
-        if (!image_read(0, &image.elf, sizeof image.elf))
-            image_die("%s: the ELF header is truncated", options.image);
-    } else if (ident[EI_CLASS] == ELFCLASS32 && ident[EI_DATA] == ELFDATA2LSB) {
-        Elf32_Ehdr narrow;
-        if (!image_read(0, &narrow, sizeof narrow))
-            image_die("%s: the ELF header is truncated", options.image);
-        memcpy(image.elf.e_ident, ident, sizeof ident);
-        image.elf.e_machine = narrow.e_machine;
-        image.elf.e_entry = narrow.e_entry;
-        image.elf.e_phoff = narrow.e_phoff;
-        image.elf.e_phnum = narrow.e_phnum;
-    } else {
-        image_die("%s: an ELF file for another machine (class %u, data %u)", options.image,
-                  ident[EI_CLASS], ident[EI_DATA]);
+    image.is_64 = header->e_ident[EI_CLASS] == ELFCLASS64;
+    if (!(image.is_64 ? image_read(0, header, sizeof *header)
+                      : image_read(0, &narrow, sizeof narrow)))
+        image_die("the ELF header is truncated");
+    if (!image.is_64) {
+        header->e_machine = narrow.e_machine;
+        header->e_entry = narrow.e_entry;
+        header->e_phoff = narrow.e_phoff;
+        header->e_phnum = narrow.e_phnum;
     }
-    bool is_64 = ident[EI_CLASS] == ELFCLASS64;
-    if (image.elf.e_machine != (is_64 ? EM_X86_64 : EM_386))
-        image_die("%s: an ELF file for another machine (e_machine %u; x86-64 is %u)", options.image,
-                  image.elf.e_machine, EM_X86_64);
-    if (image.elf.e_phnum > SEGMENTS_MAX)
-        image_die("%s: %u program headers are absurd (at most %u)", options.image,
-                  image.elf.e_phnum, SEGMENTS_MAX);
+    if (header->e_machine != (image.is_64 ? EM_X86_64 : EM_386) ||
+        header->e_ident[EI_DATA] != ELFDATA2LSB)
+        image_die("an ELF file for another machine: class %u, byte order %u, e_machine %u",
+                  header->e_ident[EI_CLASS], header->e_ident[EI_DATA], header->e_machine);
+    if (header->e_phnum > SEGMENTS_MAX)
+        image_die("%u program headers are absurd: at most %u", header->e_phnum, SEGMENTS_MAX);
     return true;
 }
 
 static Elf64_Phdr image_program_header(unsigned index) {
     Elf64_Phdr wide;
     bool complete;
-    if (image.elf.e_ident[EI_CLASS] == ELFCLASS64) {
+    if (image.is_64) {
         complete = image_read_item(image.elf.e_phoff, index, &wide, sizeof wide);
     } else {
         Elf32_Phdr narrow = {0};
@@ -489,7 +485,7 @@ static Elf64_Phdr image_program_header(unsigned index) {
                             .p_align = narrow.p_align};
     }
     if (!complete)
-        image_die("%s: the program headers are truncated", options.image);
+        image_die("the program headers are truncated");
     return wide;
 }
 
@@ -536,12 +532,11 @@ static struct machine_note image_machine(void) {
     uint64_t at = image_note(MACHINE_NOTE_NAME, MACHINE_NOTE_TYPE, &size);
     if (at && (size != sizeof note || !image_read(at, &note, sizeof note) ||
                note.version != MACHINE_NOTE_VERSION))
-        image_die("%s: its machine note is of another version; build the image again",
-                  options.image);
+        image_die("its machine note is of another version; build the image again");
     if (note.memory_mib < 1 || note.memory_mib > MACHINE_MEMORY_MIB_MAX ||
         note.irqchip >= LENGTH(irqchip_names) || (note.devices & ~MACHINE_DEVICE_COM1) ||
         note.unknown_io >= LENGTH(unknown_io_names))
-        image_die("%s: its machine note asks for what this VMM does not have", options.image);
+        image_die("its machine note asks for what this VMM does not have");
     if (options.machine.memory_mib != NOT_GIVEN)
         note.memory_mib = options.machine.memory_mib;
     if (options.machine.irqchip != NOT_GIVEN)
@@ -558,21 +553,20 @@ static bool ranges_overlap(uint64_t a, uint64_t a_size, uint64_t b, uint64_t b_s
 static void image_load_segment(struct segment segment) {
     unsigned index = image.segment_count;
     if (segment.memory_size < segment.file_size)
-        image_die("%s: segment %u is larger in the file than in memory", options.image, index);
+        image_die("segment %u is larger in the file than in memory", index);
     if (!image_has(segment.offset, segment.file_size))
-        image_die("%s: segment %u is truncated", options.image, index);
+        image_die("segment %u is truncated", index);
     uint8_t *hva = memory_at(segment.gpa, segment.memory_size);
     if (!hva)
-        image_die("%s: segment %u (gpa 0x%" PRIx64 ", 0x%" PRIx64
-                  " bytes) lies outside the %" PRIu64 " MiB of guest memory",
-                  options.image, index, segment.gpa, segment.memory_size, memory.size / MIB);
+        image_die("segment %u (gpa 0x%" PRIx64 ", 0x%" PRIx64 " bytes) lies outside the %" PRIu64
+                  " MiB of guest memory",
+                  index, segment.gpa, segment.memory_size, memory.size / MIB);
     if (ranges_overlap(segment.gpa, segment.memory_size, BOOT_DATA_GPA, BOOT_DATA_SIZE))
-        image_die("%s: segment %u overlaps the boot data at gpa 0x%" PRIx64, options.image, index,
-                  BOOT_DATA_GPA);
+        image_die("segment %u overlaps the boot data at gpa 0x%" PRIx64, index, BOOT_DATA_GPA);
     for (unsigned i = 0; i < index; i++)
         if (ranges_overlap(segment.gpa, segment.memory_size, image.segments[i].gpa,
                            image.segments[i].memory_size))
-            image_die("%s: segments %u and %u overlap", options.image, i, index);
+            image_die("segments %u and %u overlap", i, index);
     memcpy(hva, image.bytes + segment.offset, segment.file_size);
     image.segments[image.segment_count++] = segment;
 }
@@ -585,7 +579,7 @@ static void image_load_elf(void) {
                 (struct segment){header.p_offset, header.p_filesz, header.p_paddr, header.p_memsz});
     }
     if (image.segment_count == 0)
-        image_die("%s: nothing to load: it has no loadable segment", options.image);
+        image_die("nothing to load: it has no loadable segment");
 }
 
 /* Multiboot Specification 0.6.96, "The layout of Multiboot header". */
@@ -615,10 +609,10 @@ static bool multiboot_find(struct multiboot_header *header, uint64_t *at) {
 /* The a.out kludge: the header itself says which bytes of the file go where. */
 static void multiboot_load_kludge(struct multiboot_header *header, uint64_t at) {
     if (!image_read(at, header, sizeof *header))
-        image_die("%s: the Multiboot header is truncated", options.image);
+        image_die("the Multiboot header is truncated");
     uint64_t before = (uint64_t)header->header_addr - header->load_addr;
     if (header->load_addr > header->header_addr || before > at)
-        image_die("%s: the Multiboot header puts its load address outside the file", options.image);
+        image_die("the Multiboot header puts its load address outside the file");
     uint64_t offset = at - before;
     uint64_t file_size = image.size - offset;
     if (header->load_end_addr)
@@ -633,16 +627,15 @@ static void multiboot_load_kludge(struct multiboot_header *header, uint64_t at) 
 static void multiboot_load(struct multiboot_header *header, uint64_t at) {
     image.protocol = ENTRY_MULTIBOOT;
     if (header->flags & MULTIBOOT_MANDATORY & ~MULTIBOOT_UNDERSTOOD)
-        image_die("%s: its Multiboot header demands %s", options.image,
+        image_die("its Multiboot header demands %s",
                   header->flags & MULTIBOOT_VIDEO_MODE ? "a video mode, and there is no screen here"
                                                        : "a feature of a later specification");
     if (header->flags & MULTIBOOT_AOUT_KLUDGE) {
         multiboot_load_kludge(header, at);
         return;
     }
-    if (!image.is_elf || image.elf.e_ident[EI_CLASS] != ELFCLASS32)
-        image_die("%s: a Multiboot header without load addresses needs a 32-bit ELF file",
-                  options.image);
+    if (!image.is_elf || image.is_64)
+        image_die("a Multiboot header without load addresses needs a 32-bit ELF file");
     image_load_elf();
     image.entry = image.elf.e_entry;
 }
@@ -655,19 +648,17 @@ static void image_load(void) {
     uint64_t note = image_note(XEN_ELFNOTE_NAME, XEN_ELFNOTE_PHYS32_ENTRY, &size);
     if (note) {
         if ((size != 4 && size != 8) || !image_read(note, &image.entry, size))
-            image_die("%s: its PVH entry note is damaged", options.image);
+            image_die("its PVH entry note is damaged");
         image_load_elf();
     } else if (multiboot_find(&multiboot, &multiboot_at)) {
         multiboot_load(&multiboot, multiboot_at);
     } else if (image.is_elf) {
-        image_die("%s: no entry note: it has neither a PVH entry note nor a Multiboot header",
-                  options.image);
+        image_die("no entry note: it has neither a PVH entry note nor a Multiboot header");
     } else {
-        image_die("%s: not an image: neither ELF nor Multiboot", options.image);
+        image_die("not an image: neither ELF nor Multiboot");
     }
     if (image.entry > UINT32_MAX || !memory_at(image.entry, 1))
-        image_die("%s: its entry point 0x%" PRIx64 " lies outside guest memory", options.image,
-                  image.entry);
+        image_die("its entry point 0x%" PRIx64 " lies outside guest memory", image.entry);
 }
 
 static int symbol_order(const void *a, const void *b) {
@@ -707,7 +698,7 @@ static void symbols_read(const Elf64_Shdr *table, const Elf64_Shdr *strings) {
 
 /* Symbols make messages better and nothing else: a damaged table is as good as none. */
 static void symbols_load(void) {
-    if (!image.is_elf || image.elf.e_ident[EI_CLASS] != ELFCLASS64)
+    if (!image.is_64)
         return;
     for (unsigned i = 0; i < image.elf.e_shnum; i++) {
         Elf64_Shdr section;
@@ -1832,15 +1823,13 @@ static void say_exits(void) {
 
 static void say_pending(void) {
     const struct kvm_vcpu_events *pending = &machine.run->s.regs.events;
-    say("  interrupts are %s; waiting to be delivered: %s%s%s%s",
-        machine.run->if_flag ? "on" : "off (RFLAGS.IF = 0)",
-        pending->exception.injected ? "an exception " : "",
-        pending->interrupt.injected ? "an interrupt " : "",
-        pending->nmi.pending || pending->nmi.injected ? "an NMI " : "",
-        pending->exception.injected || pending->interrupt.injected || pending->nmi.pending ||
-                pending->nmi.injected
-            ? ""
-            : "nothing");
+    bool exception = pending->exception.injected || pending->exception.pending;
+    bool nmi = pending->nmi.injected || pending->nmi.pending;
+    bool interrupt = pending->interrupt.injected;
+    say("  interrupts are %s; waiting to be delivered:%s%s%s%s",
+        machine.run->if_flag ? "on" : "off (RFLAGS.IF = 0)", exception ? " an exception" : "",
+        nmi ? " an NMI" : "", interrupt ? " an interrupt" : "",
+        exception || nmi || interrupt ? "" : " nothing");
 }
 
 /* The guest was interrupted wherever it happened to be: that is the best clue there is. */
