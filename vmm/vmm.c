@@ -63,8 +63,10 @@
 #define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
 #define MIB (UINT64_C(1) << 20)
 
-/* The host half is optional: without a host.c the linker leaves this undefined, at address 0. */
+/* The host half is optional: without a host.c the linker leaves it undefined, at address 0, and this
+ * copy stays empty. */
 #pragma weak host_half
+static struct host_half half;
 
 /* ---------------------------------------------------------------------------------------------- */
 /* Errors */
@@ -1421,7 +1423,7 @@ static void emulation_failure_end(void) {
 /* Bus */
 
 /* x86 has two address spaces that devices can live in. */
-enum bus_space { BUS_PIO, BUS_MMIO, BUS_SPACES };
+enum bus_space { BUS_PIO, BUS_MMIO };
 
 struct bus_range {
     enum bus_space space;
@@ -1466,7 +1468,7 @@ static const struct bus_range *bus_find(enum bus_space space, const struct acces
 static void bus_unknown(enum bus_space space, struct access *access) {
     if (!access->is_write)
         memset(access->data, 0xff, (size_t)access->size * access->count);
-    if (space == BUS_MMIO && &host_half && host_half.memory_event && host_half.memory_event(access))
+    if (space == BUS_MMIO && half.memory_event && half.memory_event(access))
         return;
     event_begin("unknown");
     event_string("space", bus_space_names[space]);
@@ -1754,9 +1756,10 @@ static void exit_dispatch(void) {
 
 static volatile sig_atomic_t stop_signal;
 
-static void host_half_is_stuck(void) {
-    static const char message[] = "vmm: the time limit is over and the host half does not return "
-                                  "from its handler: look for a loop in host.c\n";
+static void vmm_is_stuck(void) {
+    static const char message[] =
+        "vmm: the time limit is over, and the VMM itself is stuck: a loop "
+        "in the host half (host.c), or nobody reads the console\n";
     ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
     (void)ignored;
     _exit(STATUS_HANG);
@@ -1767,7 +1770,7 @@ static void host_half_is_stuck(void) {
  * fires again has found the VMM outside that loop. */
 static void on_stop_signal(int number) {
     if (stop_signal == SIGALRM && number == SIGALRM)
-        host_half_is_stuck();
+        vmm_is_stuck();
     stop_signal = number;
     machine.run->immediate_exit = 1;
 }
@@ -1785,7 +1788,8 @@ static void on_crash(int number, siginfo_t *info, void *context) {
 }
 
 static void signals_install(void) {
-    struct sigaction stop = {.sa_handler = on_stop_signal};
+    /* SA_RESTART: a write to the console goes on; KVM_RUN returns all the same. */
+    struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
     struct sigaction crash = {.sa_sigaction = on_crash, .sa_flags = SA_SIGINFO};
     sigaction(SIGALRM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
@@ -1854,8 +1858,8 @@ static void stop_end(void) {
 
 /* The one place where something can still be put into the guest before it runs. */
 static void vcpu_prepare_entry(void) {
-    if (&host_half && host_half.before_entry)
-        host_half.before_entry();
+    if (half.before_entry)
+        half.before_entry();
 }
 
 /* One VM entry and the exit that ends it, with the time spent on either side. */
@@ -1951,6 +1955,8 @@ static void record_start(void) {
 int main(int argc, char **argv) {
     run_totals.started_ns = clock_ns();
     options_parse(argc, argv);
+    if (&host_half)
+        half = host_half;
 
     image_open();
     image.is_elf = image_elf_header();
@@ -1971,11 +1977,11 @@ int main(int argc, char **argv) {
     record_start();
     signals_install();
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
-    if (&host_half && host_half.setup)
-        host_half.setup();
+    if (half.setup)
+        half.setup();
     vm_run();
-    if (&host_half && host_half.end)
-        host_half.end();
+    if (half.end)
+        half.end();
 
     devices_destroy();
     if (options.summary)
