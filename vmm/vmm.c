@@ -433,7 +433,8 @@ static bool image_has(uint64_t offset, uint64_t size) {
 }
 
 /* Copied out, since nothing in a file need be aligned. */
-static bool image_read(uint64_t offset, void *to, uint64_t size) {
+__attribute__((warn_unused_result)) static bool image_read(uint64_t offset, void *to,
+                                                           uint64_t size) {
     if (!image_has(offset, size))
         return false;
     memcpy(to, image.bytes + offset, size);
@@ -450,7 +451,7 @@ static bool image_read_item(uint64_t base, uint64_t index, void *to, uint64_t si
 static bool image_elf_header(void) {
     Elf64_Ehdr *header = &image.elf;
     Elf32_Ehdr narrow;
-    if (!image_read(0, header->e_ident, EI_NIDENT) || memcmp(header->e_ident, ELFMAG, SELFMAG))
+    if (!image_read(0, header->e_ident, EI_NIDENT) || memcmp(header->e_ident, ELFMAG, SELFMAG) != 0)
         return false;
     image.is_64 = header->e_ident[EI_CLASS] == ELFCLASS64;
     if (!(image.is_64 ? image_read(0, header, sizeof *header)
@@ -598,10 +599,9 @@ struct multiboot_header {
 };
 
 static bool multiboot_find(struct multiboot_header *header, uint64_t *at) {
-    for (*at = 0; *at + 12 <= MULTIBOOT_SEARCH && image_has(*at, 12); *at += 4) {
+    for (*at = 0; *at + 12 <= MULTIBOOT_SEARCH; *at += 4) {
         *header = (struct multiboot_header){0};
-        image_read(*at, header, 12);
-        if (header->magic == MULTIBOOT_HEADER_MAGIC &&
+        if (image_read(*at, header, 12) && header->magic == MULTIBOOT_HEADER_MAGIC &&
             header->magic + header->flags + header->checksum == 0)
             return true;
     }
@@ -688,8 +688,8 @@ static void symbols_read(const Elf64_Shdr *table, const Elf64_Shdr *strings) {
     image.symbols = calloc(count, sizeof *image.symbols);
     for (uint64_t i = 0; image.symbols && i < count; i++) {
         Elf64_Sym symbol;
-        image_read_item(table->sh_offset, i, &symbol, sizeof symbol);
-        if (!symbol_is_code(&symbol) || symbol.st_name == 0 || symbol.st_name >= strings->sh_size)
+        if (!image_read_item(table->sh_offset, i, &symbol, sizeof symbol) ||
+            !symbol_is_code(&symbol) || symbol.st_name == 0 || symbol.st_name >= strings->sh_size)
             continue;
         const char *name = (const char *)image.bytes + strings->sh_offset + symbol.st_name;
         image.symbols[image.symbol_count++] = (struct symbol){symbol.st_value, name};
@@ -842,14 +842,12 @@ static struct kvm_sregs *vcpu_sregs(void) { return &machine.run->s.regs.sregs; }
 /* ---------------------------------------------------------------------------------------------- */
 /* Entry state */
 
-static char *boot_command_line(void) {
-    static char text[COMMAND_LINE_MAX];
-    int length = snprintf(text, sizeof text, "seed=%" PRIu64 "%s%s", options.seed,
+static void boot_command_line(char text[COMMAND_LINE_MAX]) {
+    int length = snprintf(text, COMMAND_LINE_MAX, "seed=%" PRIu64 "%s%s", options.seed,
                           options.append ? " " : "", options.append ? options.append : "");
     if (length >= COMMAND_LINE_MAX)
         die(STATUS_USAGE, "--append: the guest's command line would have %d bytes; %d fit", length,
             COMMAND_LINE_MAX - 1);
-    return text;
 }
 
 struct pvh_boot_data {
@@ -898,7 +896,7 @@ static void boot_data_write(void) {
         };
         data->memory_map[0] = (struct hvm_memmap_table_entry){
             .addr = 0, .size = memory.size, .type = XEN_HVM_MEMMAP_TYPE_RAM};
-        strcpy(data->command_line, boot_command_line());
+        boot_command_line(data->command_line);
     } else {
         struct multiboot_boot_data *data = hva;
         data->info.flags =
@@ -912,7 +910,7 @@ static void boot_data_write(void) {
         data->memory_map[0].addr = 0;
         data->memory_map[0].len = memory.size;
         data->memory_map[0].type = MULTIBOOT_MEMORY_AVAILABLE;
-        strcpy(data->command_line, boot_command_line());
+        boot_command_line(data->command_line);
     }
 }
 
@@ -999,7 +997,7 @@ static struct walk page_walk(gpa_t root_gpa, gva_t gva) {
     }
     gpa_t table = root_gpa & PTE_ADDRESS;
     unsigned level = walk.top_level;
-    while (walk_step(&walk, table + 8 * page_index(gva, level), level)) {
+    while (walk_step(&walk, table + UINT64_C(8) * page_index(gva, level), level)) {
         table = walk.entry[walk.steps - 1].value & PTE_ADDRESS;
         level--;
     }
@@ -1288,7 +1286,7 @@ static void rescue_fill(struct rescue *rescue, gva_t base) {
     memcpy(rescue->task_state + 36, &stack_top, sizeof stack_top);
     for (unsigned vector = 0; vector < VECTORS; vector++) {
         /* SDM 3A "64-Bit IDT Gate Descriptors": a present interrupt gate, selector 8, IST1. */
-        gva_t stub = base + offsetof(struct rescue, stubs) + 16 * vector;
+        gva_t stub = base + offsetof(struct rescue, stubs) + UINT64_C(16) * vector;
         rescue->idt[vector][0] =
             (stub & 0xffff) | (stub & 0xffff0000) << 32 | 8 << 16 | UINT64_C(0x8e01) << 32;
         rescue->idt[vector][1] = stub >> 32;
@@ -1402,7 +1400,7 @@ static void emulation_failure_end(void) {
     uint8_t bytes[15]; /* no instruction is longer */
     char text[3 * sizeof bytes + 1] = "";
     gva_t rip = vcpu_regs()->rip;
-    unsigned count = 0;
+    size_t count = 0;
     while (count < sizeof bytes && guest_read(rip + count, &bytes[count], 1)) {
         snprintf(text + 3 * count, 4, "%02x ", bytes[count]);
         count++;
@@ -1943,6 +1941,7 @@ void host_todo(const char *file, int line, const char *task) {
 /* ---------------------------------------------------------------------------------------------- */
 
 static void record_start(void) {
+    assert(options.image); /* options_parse() insists on one */
     event_begin("start");
     event_number("version", EVENTS_VERSION);
     event_string("image", options.image);

@@ -37,7 +37,7 @@ static void fifo_pop(uint8_t *bytes, uint32_t size) {
 static void lab_access(struct access *access) {
     /* BEGIN SOLUTION */
     for (uint32_t i = 0; i < access->count; i++) {
-        uint8_t *element = access->data + i * access->size;
+        uint8_t *element = access->data + (size_t)i * access->size;
         uint8_t *bytes = lab.registers + (access->address - LAB_REGISTERS);
         bool is_fifo = access->address >= LAB_FIFO;
         if (is_fifo && access->is_write)

@@ -3,6 +3,7 @@
  * but through its own mappings, and at each checkpoint asks both KVM (KVM_TRANSLATE) and the page
  * tables themselves about addresses of its own choice.
  */
+#include <stdio.h>
 #include <string.h>
 
 #include "host.h"
@@ -38,10 +39,9 @@ static void frames_fill(const struct plan *plan) {
 
 static void event_list(const char *name, const uint64_t *values, unsigned count) {
     for (unsigned i = 0; i < count; i++) {
-        char member[32] = {0};
-        strncpy(member, name, sizeof member - 4);
-        char digits[] = {'_', (char)('0' + i / 10), (char)('0' + i % 10), '\0'};
-        event_hex(strcat(member, digits), values[i]);
+        char member[32];
+        snprintf(member, sizeof member, "%s_%02u", name, i);
+        event_hex(member, values[i]);
     }
 }
 
