@@ -50,6 +50,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/time.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -231,8 +232,11 @@ static struct {
     const char *debugcon;
     const char *kvm;
     uint64_t seed;
-    double time_limit; /* seconds; 0: none */
+    uint64_t step_after; /* an exit; 0: never */
+    double time_limit;   /* seconds; 0: none */
     bool summary;
+    int argc;
+    char **argv;
     struct machine_note machine; /* NOT_GIVEN where the image's note decides */
 } options = {
     .kvm = "/dev/kvm",
@@ -259,6 +263,8 @@ static const char help_text[] =
     "  -d, --debugcon=FILE          write the bytes the guest sends to port 0xe9 to FILE\n"
     "  -S, --summary                after the run, say what the exits were and what they cost\n"
     "  -k, --kvm=FILE               the KVM device (default: /dev/kvm)\n"
+    "  -x, --step-after=EXIT        after this exit, run one instruction at a time: slow, but a\n"
+    "                               triple fault then shows the registers before it on any CPU\n"
     "  -h, --help                   print this help and leave\n"
     "\n"
     "Exit status: 0 the guest ended the run and reported success; 1 it reported failure, or a "
@@ -266,20 +272,19 @@ static const char help_text[] =
     "is not written yet; 2 usage; 3 the guest crashed; 4 it hung; 5 the host refused something;\n"
     "128+n ended by signal n.\n";
 
-static const struct option long_options[] = {
-    {"memory", required_argument, NULL, 'm'},
-    {"irqchip", required_argument, NULL, 'i'},
-    {"unknown-io", required_argument, NULL, 'u'},
-    {"seed", required_argument, NULL, 's'},
-    {"append", required_argument, NULL, 'a'},
-    {"time-limit", required_argument, NULL, 't'},
-    {"events", required_argument, NULL, 'e'},
-    {"debugcon", required_argument, NULL, 'd'},
-    {"summary", no_argument, NULL, 'S'},
-    {"kvm", required_argument, NULL, 'k'},
-    {"help", no_argument, NULL, 'h'},
-    {NULL, 0, NULL, 0},
-};
+static const struct option long_options[] = {{"memory", required_argument, NULL, 'm'},
+                                             {"irqchip", required_argument, NULL, 'i'},
+                                             {"unknown-io", required_argument, NULL, 'u'},
+                                             {"seed", required_argument, NULL, 's'},
+                                             {"append", required_argument, NULL, 'a'},
+                                             {"time-limit", required_argument, NULL, 't'},
+                                             {"events", required_argument, NULL, 'e'},
+                                             {"debugcon", required_argument, NULL, 'd'},
+                                             {"summary", no_argument, NULL, 'S'},
+                                             {"kvm", required_argument, NULL, 'k'},
+                                             {"step-after", required_argument, NULL, 'x'},
+                                             {"help", no_argument, NULL, 'h'},
+                                             {NULL, 0, NULL, 0}};
 
 static uint64_t option_number(const char *name, const char *text, uint64_t min, uint64_t max) {
     char *end;
@@ -328,6 +333,7 @@ static void option_take(int option, const char *value) {
     case 'd': options.debugcon = value; break;
     case 'S': options.summary = true; break;
     case 'k': options.kvm = value; break;
+    case 'x': options.step_after = option_number("step-after", value, 1, UINT64_MAX); break;
     case 'h': fputs(help_text, stdout); exit(fflush(stdout) ? STATUS_HOST : STATUS_OK);
     default: /* getopt_long has said what is wrong, in one line */ exit(STATUS_USAGE);
     }
@@ -335,13 +341,15 @@ static void option_take(int option, const char *value) {
 
 static void options_parse(int argc, char **argv) {
     int option;
-    while ((option = getopt_long(argc, argv, "m:i:u:s:a:t:e:d:Sk:h", long_options, NULL)) != -1)
+    while ((option = getopt_long(argc, argv, "m:i:u:s:a:t:e:d:Sk:x:h", long_options, NULL)) != -1)
         option_take(option, optarg);
     if (optind == argc)
         die(STATUS_USAGE, "which image? usage: vmm [OPTION]... IMAGE; `vmm --help` explains");
     if (optind + 1 < argc)
         die(STATUS_USAGE, "one image at a time: %s is one too many", argv[optind + 1]);
     options.image = argv[optind];
+    options.argc = argc;
+    options.argv = argv;
 }
 
 /* ---------------------------------------------------------------------------------------------- */
@@ -480,12 +488,8 @@ static Elf64_Phdr image_program_header(unsigned index) {
     } else {
         Elf32_Phdr narrow = {0};
         complete = image_read_item(image.elf.e_phoff, index, &narrow, sizeof narrow);
-        wide = (Elf64_Phdr){.p_type = narrow.p_type,
-                            .p_offset = narrow.p_offset,
-                            .p_paddr = narrow.p_paddr,
-                            .p_filesz = narrow.p_filesz,
-                            .p_memsz = narrow.p_memsz,
-                            .p_align = narrow.p_align};
+        wide = (Elf64_Phdr){narrow.p_type,  narrow.p_flags,  narrow.p_offset, narrow.p_vaddr,
+                            narrow.p_paddr, narrow.p_filesz, narrow.p_memsz,  narrow.p_align};
     }
     if (!complete)
         image_die("the program headers are truncated");
@@ -1071,15 +1075,10 @@ static const char *vector_name(uint64_t vector) {
         "#SS (stack-segment fault)",
         "#GP (general protection)",
         "#PF (page fault)",
-        "vector 15",
-        "#MF (x87 error)",
-        "#AC (alignment check)",
-        "#MC (machine check)",
-        "#XM (SIMD error)",
-        "#VE (virtualization)",
-        "#CP (control protection)",
     };
-    return vector < LENGTH(names) ? names[vector] : "an interrupt that no handler took";
+    static char other[16];
+    snprintf(other, sizeof other, "vector %u", (uint8_t)vector);
+    return vector < LENGTH(names) ? names[vector] : other;
 }
 
 /* "write by the kernel, page not present" */
@@ -1375,7 +1374,43 @@ static void say_delivery(uint64_t vector) {
         say_walk(handler);
 }
 
+/* The registers before each instruction, in a run that goes step by step (--step-after). */
+static struct kvm_sync_regs last_step;
+
+/* KVM on AMD resets the vCPU at a shutdown, which leaves its state undefined (APM 2 "Shutdown
+ * Intercept"). A second VMM repeats the run in silence, and after the last exit goes step by step:
+ * it knows the registers before the fatal instruction. */
+static void triple_fault_replay(void) {
+    char step_after[40];
+    char **arguments = calloc((size_t)options.argc + 4, sizeof *arguments);
+    fflush(NULL);
+    if (!arguments || fork() != 0) {
+        wait(NULL);
+        return;
+    }
+    int null = open("/dev/null", O_RDWR);
+    dup2(null, STDIN_FILENO);
+    dup2(null, STDOUT_FILENO);
+    snprintf(step_after, sizeof step_after, "--step-after=%" PRIu64, run_totals.exits - 1);
+    memcpy(arguments, options.argv, (size_t)options.argc * sizeof *arguments);
+    arguments[options.argc] = step_after;
+    arguments[options.argc + 1] = "--events=/dev/null";
+    arguments[options.argc + 2] = "--debugcon=/dev/null";
+    execv("/proc/self/exe", arguments);
+    _exit(STATUS_HOST);
+}
+
 static void triple_fault_end(void) {
+    bool was_reset = !(vcpu_sregs()->cr0 & X86_CR0_PE);
+    if (was_reset && !options.step_after) {
+        event_begin("triple_fault");
+        event_end();
+        triple_fault_replay();
+        run_end(STATUS_CRASH, "triple fault");
+        return;
+    }
+    if (options.step_after)
+        machine.run->s.regs = last_step;
     struct first_fault fault = first_fault_find();
     event_begin_at_rip("triple_fault");
     if (fault.known) {
@@ -1509,14 +1544,14 @@ static void bus_access(enum bus_space space, struct access *access) {
  * sends is standard output before the next instruction. Not modelled: interrupts, modem lines and
  * the receive FIFO, beyond which a byte simply stays in standard input. */
 static struct {
-    uint8_t ier, lcr, mcr, scratch;
-    uint8_t divisor[2];
-    int received; /* a byte not read yet, or -1 */
+    uint8_t registers[8]; /* as written, for those that just keep what they are given */
+    uint8_t divisor[2];   /* behind RX/TX and IER while LCR.DLAB is set */
+    int received;         /* a byte not read yet, or -1 */
     bool input_at_end;
 } com1 = {.received = -1};
 
-static void console_write(const uint8_t *bytes, size_t count) {
-    if (fwrite(bytes, 1, count, stdout) != count)
+static void console_write(uint8_t byte) {
+    if (putchar(byte) == EOF)
         die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
 }
 
@@ -1538,45 +1573,33 @@ static uint8_t com1_receive(void) {
     return byte;
 }
 
+static bool com1_is_divisor(unsigned offset) {
+    return offset < 2 && (com1.registers[UART_LCR] & UART_LCR_DLAB);
+}
+
 static uint8_t com1_read(unsigned offset) {
-    bool divisor = com1.lcr & UART_LCR_DLAB;
+    if (com1_is_divisor(offset))
+        return com1.divisor[offset];
     switch (offset) {
-    case UART_RX: return divisor ? com1.divisor[0] : com1_receive();
-    case UART_IER: return divisor ? com1.divisor[1] : com1.ier;
+    case UART_RX: return com1_receive();
     case UART_IIR: return UART_IIR_NO_INT;
-    case UART_LCR: return com1.lcr;
-    case UART_MCR: return com1.mcr;
     case UART_LSR: return UART_LSR_THRE | UART_LSR_TEMT | (com1_has_input() ? UART_LSR_DR : 0);
     case UART_MSR: return UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD;
-    default: return com1.scratch;
+    default: return com1.registers[offset];
     }
 }
 
 static void com1_write(unsigned offset, uint8_t value) {
-    bool divisor = com1.lcr & UART_LCR_DLAB;
-    switch (offset) {
-    case UART_TX:
-        if (divisor)
-            com1.divisor[0] = value;
-        else
-            console_write(&value, 1);
-        break;
-    case UART_IER: *(divisor ? &com1.divisor[1] : &com1.ier) = value; break;
-    case UART_LCR: com1.lcr = value; break;
-    case UART_MCR: com1.mcr = value; break;
-    case UART_SCR: com1.scratch = value; break;
-    default: break; /* FCR: the FIFOs are as good as on; LSR and MSR are read-only */
-    }
+    if (com1_is_divisor(offset))
+        com1.divisor[offset] = value;
+    else if (offset == UART_TX)
+        console_write(value);
+    else
+        com1.registers[offset] = value;
 }
 
 /* An access wider than a byte reaches the registers that follow, as on the ISA bus. */
 static void com1_access(struct access *access) {
-    bool is_text = access->is_write && access->address == COM1 + UART_TX && access->size == 1 &&
-                   !(com1.lcr & UART_LCR_DLAB);
-    if (is_text) {
-        console_write(access->data, access->count);
-        return;
-    }
     for (uint32_t i = 0; i < access->size * access->count; i++) {
         unsigned offset = (unsigned)(access->address - COM1) + i % access->size;
         if (access->is_write)
@@ -1671,6 +1694,7 @@ static void exit_hlt(void) {
 }
 
 static void exit_again(void) {}
+static void exit_debug(void) { last_step = machine.run->s.regs; }
 
 static void exit_fail_entry(void) {
     die(STATUS_HOST, "the CPU refused the VM entry: hardware reason 0x%llx, rip 0x%llx",
@@ -1688,6 +1712,7 @@ static const struct exit_kind {
     [KVM_EXIT_HLT] = {"HLT", exit_hlt, false},
     [KVM_EXIT_INTR] = {"INTR", exit_again, false},
     [KVM_EXIT_IRQ_WINDOW_OPEN] = {"IRQ_WINDOW_OPEN", exit_again, false},
+    [KVM_EXIT_DEBUG] = {"DEBUG", exit_debug, false},
     [KVM_EXIT_SHUTDOWN] = {"SHUTDOWN", triple_fault_end, false},
     [KVM_EXIT_INTERNAL_ERROR] = {"INTERNAL_ERROR", emulation_failure_end, false},
     [KVM_EXIT_FAIL_ENTRY] = {"FAIL_ENTRY", exit_fail_entry, false},
@@ -1802,19 +1827,11 @@ static void signals_install(void) {
 #endif
 }
 
-static void time_limit_start(void) {
-    struct itimerval limit = {.it_interval.tv_sec = 1};
-    limit.it_value.tv_sec = (time_t)options.time_limit;
-    limit.it_value.tv_usec =
-        (suseconds_t)((options.time_limit - (double)limit.it_value.tv_sec) * 1e6);
-    if (options.time_limit > 0 && !limit.it_value.tv_sec && !limit.it_value.tv_usec)
-        limit.it_value.tv_usec = 1;
+/* After the limit, the timer goes on once a second. Rounded up, since 0 stops the timer. */
+static void time_limit_set(double seconds) {
+    int64_t us = (int64_t)(seconds * 1e6 + 0.999999);
+    struct itimerval limit = {.it_interval.tv_sec = 1, .it_value = {us / 1000000, us % 1000000}};
     setitimer(ITIMER_REAL, &limit, NULL);
-}
-
-static void time_limit_stop(void) {
-    struct itimerval never = {0};
-    setitimer(ITIMER_REAL, &never, NULL);
 }
 
 static void say_exits(void) {
@@ -1856,6 +1873,10 @@ static void stop_end(void) {
 
 /* The one place where something can still be put into the guest before it runs. */
 static void vcpu_prepare_entry(void) {
+    /* Again for each step: KVM drops the trap flag with an instruction that it emulates. */
+    struct kvm_guest_debug step = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP};
+    if (options.step_after && options.step_after <= run_totals.exits)
+        KVM_PASS(machine.vcpu, KVM_SET_GUEST_DEBUG, &step);
     if (half.before_entry)
         half.before_entry();
 }
@@ -1874,9 +1895,12 @@ static void vcpu_enter(void) {
             exit_totals.slowest_rip = vcpu_regs()->rip;
         }
     }
-    if (ioctl(machine.vcpu, KVM_RUN, NULL) < 0 && errno != EINTR)
-        die(STATUS_HOST, "KVM_RUN failed at rip %s: %s", symbol_or_address(vcpu_regs()->rip).text,
-            strerror(errno));
+    if (ioctl(machine.vcpu, KVM_RUN, NULL) < 0) {
+        if (errno != EINTR)
+            die(STATUS_HOST, "KVM_RUN failed at rip %s: %s",
+                symbol_or_address(vcpu_regs()->rip).text, strerror(errno));
+        machine.run->exit_reason = KVM_EXIT_INTR; /* with immediate_exit KVM leaves the last one */
+    }
     left_ns = clock_ns();
     exit_totals.last_guest_ns = left_ns - entered_ns;
     run_totals.guest_ns += exit_totals.last_guest_ns;
@@ -1884,7 +1908,7 @@ static void vcpu_enter(void) {
 }
 
 static void vm_run(void) {
-    time_limit_start();
+    time_limit_set(options.time_limit);
     while (!outcome.ended) {
         vcpu_prepare_entry();
         vcpu_enter();
@@ -1892,7 +1916,7 @@ static void vm_run(void) {
         if (stop_signal && !outcome.ended)
             stop_end();
     }
-    time_limit_stop();
+    time_limit_set(0);
 }
 
 static void summary_print(void) {
@@ -1983,7 +2007,7 @@ int main(int argc, char **argv) {
         half.end();
 
     devices_destroy();
-    if (options.summary)
+    if (options.summary && !options.step_after) /* single steps would be counted as exits */
         summary_print();
     events_close(outcome.status, outcome.how);
     return outcome.status;
