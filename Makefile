@@ -62,7 +62,7 @@ VMM_CFLAGS = -std=gnu11 -O2 -g -fno-pie -D_GNU_SOURCE $(WARNINGS) -Iinclude
 # overwrite it), frame pointers for the VMM's backtraces.
 GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -Iguest -ffreestanding -fno-pic -fno-pie \
 	-fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables \
-	-mgeneral-regs-only -mno-red-zone -fno-omit-frame-pointer
+	-mgeneral-regs-only -mno-red-zone -fno-omit-frame-pointer -mno-omit-leaf-frame-pointer
 GUEST_LDFLAGS = -nostdlib -static -no-pie -Wl,-z,noexecstack,-z,max-page-size=4096,--build-id=none \
 	-Wl,--no-warn-rwx-segments -T guest/image.ld
 

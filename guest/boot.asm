@@ -16,7 +16,9 @@ MSR_EFER        equ 0xc0000080
 EFER_LME        equ 1 << 8
 EFER_NXE        equ 1 << 11             ; bit 63 of an entry is no-execute, not reserved
 
-KERNEL_CODE     equ 0x08                ; selectors, as in guest.h
+VECTORS_WITH_ERROR_CODE equ 0x60227d00  ; as in include/x86.h
+
+KERNEL_CODE     equ 0x08                ; selectors: the order of the GDT below
 KERNEL_DATA     equ 0x10
 USER_DATA       equ 0x18 | 3
 USER_CODE       equ 0x20 | 3
@@ -67,7 +69,7 @@ trap_stubs:
 %assign vector 0
 %rep 256
         align 16
-%if vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21
+%if VECTORS_WITH_ERROR_CODE >> vector & 1 && vector < 32
         push vector
 %else
         push 0
@@ -130,6 +132,7 @@ user_call:
         push r13
         push r14
         push r15
+        pushfq
         mov [tss + 4], rsp              ; RSP0: SDM 3A "64-Bit TSS Format"
         push USER_DATA
         push rsi
@@ -139,10 +142,13 @@ user_call:
         mov rdi, rdx
         iretq
 
-; The gate of USER_RETURN_VECTOR: ring 3 is done, rax is its result.
+; void user_return(uint64_t result)
+; Ring 3 is done: return from the user_call() that entered it, with the flags as they were.
 global user_return
 user_return:
+        mov rax, rdi
         mov rsp, [tss + 4]
+        popfq
         pop r15
         pop r14
         pop r13

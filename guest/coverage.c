@@ -11,8 +11,8 @@
 #include "runtime.h"
 
 /* What the counters and libgcov refer to, and never call in this build. */
-#define NEVER_CALLED(name)                                                                         \
-    _Noreturn void name(void);                                                                     \
+#define NEVER_CALLED(name)     \
+    _Noreturn void name(void); \
     void name(void) { PANIC("coverage: libgcov calls " #name); }
 NEVER_CALLED(abort)
 NEVER_CALLED(mmap)

@@ -67,15 +67,15 @@ void trap_handle(uint8_t vector, trap_handler handler); /* NULL: unhandled again
 /*
  * Call function(argument); false if it returned. If an exception interrupts it, in ring 0 or in ring
  * 3 below it, that no handler takes, the call is abandoned: *caught is the frame, and the answer is
- * true. Not to be nested.
+ * true. Interrupts and NMIs are not caught. Not to be nested.
  */
 bool trap_try(void (*function)(uint64_t argument), uint64_t argument, struct trap_frame *caught);
 
 /* End the run as a crash, with a reason that the VMM shows. */
-#define PANIC(message) panic_at(PANIC_MESSAGE, message, __FILE__, __LINE__)
+#define PANIC(message) panic_at(PANIC_MESSAGE, message, LOCATION)
 /* End the run: the student has not written this part yet. */
-#define TODO(task) panic_at(PANIC_TODO, task, __FILE__, __LINE__)
-_Noreturn void panic_at(enum panic_kind kind, const char *message, const char *file, int line);
+#define TODO(task) panic_at(PANIC_TODO, task, LOCATION)
+_Noreturn void panic_at(enum panic_kind kind, const char *message, const char *location);
 /* End the run with 0 for success, anything else for failure. */
 _Noreturn void guest_exit(uint8_t status);
 
@@ -125,11 +125,11 @@ static inline void invlpg(uint64_t gva) { __asm__ volatile("invlpg (%0)" : : "r"
  */
 uint64_t user_call(uint64_t entry_gva, uint64_t stack_gva, uint64_t argument);
 
-#define USER_RETURN_VECTOR 0x80
-#define USER_RETURN(value)                                                  \
-    do {                                                                    \
-        __asm__ volatile("int %0" : : "i"(USER_RETURN_VECTOR), "a"(value)); \
-        __builtin_unreachable();                                            \
+/* A breakpoint, of ring 3 only: the trap handlers never see it. */
+#define USER_RETURN(value)                       \
+    do {                                         \
+        __asm__ volatile("int3" : : "a"(value)); \
+        __builtin_unreachable();                 \
     } while (0)
 
 /* A function for ring 3: it is placed between user_start and user_end, whole pages, and must not
@@ -206,5 +206,6 @@ static inline struct cpuid cpuid(uint32_t leaf, uint32_t subleaf) {
     return result;
 }
 
-/* Stop until an interrupt comes; with interrupts off, for good. */
+/* Stop until an interrupt comes. With interrupts off that ends the run, as a success, but on a machine
+ * whose local APIC is in the kernel: there only guest_exit() ends it. */
 static inline void halt(void) { __asm__ volatile("hlt" : : : "memory"); }

@@ -6,7 +6,9 @@
 #define KERNEL_CODE 0x08
 #define TSS_SELECTOR 0x28
 #define GATE_INTERRUPT 0x8e /* present, interrupt gate: the CPU clears IF on the way in */
-#define GATE_RING3 0x60     /* `int` may reach it from ring 3 */
+#define GATE_RING3 0x60     /* int3 may reach it from ring 3 */
+#define RING3 3
+#define FIRST_INTERRUPT 32
 #define STUB_SIZE 16
 #define IST_STACK_SIZE 8192
 
@@ -32,7 +34,7 @@ _Static_assert(sizeof(struct task_state) == 104, "as the CPU reads it");
 
 extern uint8_t trap_stubs[VECTORS][STUB_SIZE]; /* boot.asm */
 extern uint64_t gdt_tss[2];
-extern char user_return[];
+_Noreturn void user_return(uint64_t result);
 
 struct task_state tss = {.io_map_base = sizeof tss};
 static struct gate idt[VECTORS];
@@ -70,7 +72,7 @@ void trap_install(void) {
         gate_set((uint8_t)vector, trap_stubs[vector], 0, GATE_INTERRUPT);
     gate_set(VECTOR_NMI, trap_stubs[VECTOR_NMI], 1, GATE_INTERRUPT);
     gate_set(VECTOR_DF, trap_stubs[VECTOR_DF], 2, GATE_INTERRUPT);
-    gate_set(USER_RETURN_VECTOR, user_return, 0, GATE_INTERRUPT | GATE_RING3);
+    gate_set(VECTOR_BP, trap_stubs[VECTOR_BP], 0, GATE_INTERRUPT | GATE_RING3);
     tss.ist[0] = (uint64_t)(nmi_stack + IST_STACK_SIZE);
     tss.ist[1] = (uint64_t)(double_fault_stack + IST_STACK_SIZE);
     tss_load();
@@ -93,25 +95,7 @@ static _Noreturn void panic_report(const struct panic *panic) {
     guest_exit(3);
 }
 
-static char *text_append(char *to, const char *end, const char *text) {
-    while (*text && to < end)
-        *to++ = *text++;
-    *to = '\0';
-    return to;
-}
-
-void panic_at(enum panic_kind kind, const char *message, const char *file, int line) {
-    static char location[128];
-    char digits[12];
-    char *digit = digits + sizeof digits - 1;
-    *digit = '\0';
-    do
-        *--digit = (char)('0' + line % 10);
-    while (line /= 10);
-    char *at = location;
-    at = text_append(at, location + sizeof location - 1, file);
-    at = text_append(at, location + sizeof location - 1, ":");
-    text_append(at, location + sizeof location - 1, digit);
+void panic_at(enum panic_kind kind, const char *message, const char *location) {
     struct panic panic = {kind, (uint64_t)message, (uint64_t)location, 0};
     panic_report(&panic);
 }
@@ -143,9 +127,12 @@ static _Noreturn void attempt_abandon(const struct trap_frame *frame) {
 }
 
 void trap_dispatch(struct trap_frame *frame) {
+    bool is_exception = frame->vector < FIRST_INTERRUPT && frame->vector != VECTOR_NMI;
+    if (frame->vector == VECTOR_BP && (frame->cs & RING3))
+        user_return(frame->rax);
     if (handlers[frame->vector] && handlers[frame->vector](frame))
         return;
-    if (attempt.active)
+    if (attempt.active && is_exception)
         attempt_abandon(frame);
     struct panic panic = {PANIC_EXCEPTION, 0, 0, (uint64_t)frame};
     panic_report(&panic);

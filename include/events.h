@@ -11,22 +11,28 @@
  * EVENTS_VERSION.
  *
  *   start     version, image, seed, memory_mib, irqchip
- *   exit      KVM_RUN returned. exit: its number, from 1; reason: KVM_EXIT_* without the prefix;
- *             rip, symbol ("name+0x1a", only if the image has one), if_flag; guest_ns: time in
- *             KVM_RUN, vmm_ns: time that the VMM spent on the exit before this one; and by reason:
+ *   exit      KVM_RUN returned. exit: its number, from 1; rip, symbol ("name+0x1a"; "" if the image
+ *             has none there); reason: KVM_EXIT_* without the prefix ("?" if the VMM does not know
+ *             it), reason_number; if_flag; guest_ns: time in KVM_RUN, vmm_ns: time that the VMM
+ *             spent on the exit before this one; and by reason:
  *     IO      port, is_write, size, count, data (hex of size * count bytes, as seen by the guest
  *             after the access), device (absent if none claims it)
  *     MMIO    gpa, is_write, size, data, device
- *             rip of an exit that KVM emulated may be that of the instruction or of the next one.
+ *             The rip of a write may be that of the instruction or of the next one. What a read
+ *             gave is known only when it has been served: events that a device adds while it serves
+ *             a read stand before the exit, those of a write behind it.
  *   unknown   an access that no device claims: space ("port" or "gpa"), address, is_write, size
- *   panic     the guest gave up: reason ("exception", "message", "todo"), and where the guest named
- *             them message, location; of an exception vector, error_code, cr2, rip, symbol
- *   triple_fault, emulation_failure, hang
- *             rip, symbol; of a triple fault vector, error_code and cr2 of the first fault, where
- *             it could be found out
- *   end       the last one: status (of the VMM, 0 to 5), how ("exit", "halt", "panic",
- *             "triple fault", "emulation failure", "time limit", "unknown access", ...), exits,
- *             guest_ns, vmm_ns
+ *   panic     the guest gave up: reason ("exception", "message", "todo", "?" if there is no panic
+ *             where it says), message, location; of an exception vector, error_code, cr2, rip, symbol
+ *   triple_fault
+ *             rip, symbol; vector, error_code and cr2 of the first fault. What could not be found
+ *             out is absent.
+ *   emulation_failure
+ *             rip, symbol, bytes: those at rip
+ *   hang      rip, symbol
+ *   end       the last one: status (of the VMM), how ("exit", "halt", "panic", "todo",
+ *             "triple fault", "emulation failure", "unknown access", "unknown exit", "time limit",
+ *             "signal", "host failure"), exits, guest_ns, vmm_ns
  *
  * A record without an `end` event is of a VMM that was killed.
  */

@@ -11,6 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "machine.h"
 #include "x86.h"
 
 typedef uint64_t gpa_t;
@@ -34,18 +35,20 @@ typedef void (*access_handler)(struct access *access);
 struct host_half {
     /* Once, when the machine is built and the image is loaded, before the first entry. */
     void (*setup)(void);
-    /* Before every entry: the place to inject. */
+    /* Before every entry. A machine whose host half has this goes on after a halt with interrupts on:
+     * the host half may have ended it. */
     void (*before_entry)(void);
     /* An access to a gpa that is neither memory nor claimed. True: served, the run goes on. False:
      * it is what the machine note says unknown I/O is. */
     bool (*memory_event)(struct access *access);
-    /* Once, after the last exit of a run that ended by itself or by its time limit. */
+    /* Once, after the last exit, however the run ended; not if the VMM itself failed or HOST_TODO()
+     * ended it. */
     void (*end)(void);
 };
 extern const struct host_half host_half;
 
 /* Claim ports or gpas, in setup. A range that overlaps a claimed one is a bug of the host half and
- * ends the VMM with one line. An access that straddles the end of a range belongs to nobody. */
+ * ends the VMM with one line; so is MMIO where there is memory. An access that straddles the end of a range belongs to nobody. */
 void host_claim_pio(uint16_t first, uint32_t ports, const char *name, access_handler handler);
 void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_handler handler);
 
@@ -103,5 +106,5 @@ void event_bytes(const char *name, const void *bytes, uint64_t size); /* "00ff..
 void event_end(void);
 
 /* End the run: the student has not written this part yet. */
-#define HOST_TODO(task) host_todo(__FILE__, __LINE__, task)
-_Noreturn void host_todo(const char *file, int line, const char *task);
+#define HOST_TODO(task) host_todo(LOCATION, task)
+_Noreturn void host_todo(const char *location, const char *task);

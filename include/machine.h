@@ -1,7 +1,7 @@
 /*
  * The contract between a guest image and the VMM: what the image says about the machine it needs,
- * and the three ports through which the guest speaks to the VMM itself. Both sides include this
- * file, so a change here that only one side knows does not compile.
+ * and the three ports through which the guest speaks to the VMM itself. The C code of both sides
+ * includes this file; guest/boot.asm follows it by hand.
  *
  * Everything else the guest meets is a published interface: the entry state and hvm_start_info
  * (pvh.h), COM1 (PC16550D data sheet), page tables and exceptions (x86.h).
@@ -41,6 +41,11 @@ struct machine_note {
     uint32_t devices;    /* set of enum machine_device */
     uint32_t unknown_io; /* enum machine_unknown_io */
 };
+
+/* Where something stands in the source: "lessons/01-vm-exit/guest.c:13". */
+#define LOCATION __FILE__ ":" LOCATION_LINE(__LINE__)
+#define LOCATION_LINE(line) LOCATION_TEXT(line)
+#define LOCATION_TEXT(line) #line
 
 /* RAM ends below the addresses where PCs have devices and the APICs. */
 #define MACHINE_MEMORY_MIB_MAX 3072

@@ -15,6 +15,7 @@
 #define PTE_DIRTY (UINT64_C(1) << 6)
 #define PTE_LARGE \
     (UINT64_C(1) << 7) /* in a PDPT or PD entry: maps 1 GiB or 2 MiB and ends the walk */
+#define PTE_LARGE_PAT (UINT64_C(1) << 12) /* in an entry with PTE_LARGE: memory type */
 #define PTE_GLOBAL (UINT64_C(1) << 8)
 #define PTE_NO_EXECUTE (UINT64_C(1) << 63)
 #define PTE_ADDRESS UINT64_C(0x000ffffffffff000) /* bits 51:12 */
@@ -48,3 +49,5 @@ static inline unsigned page_index(uint64_t gva, unsigned level) {
 #define VECTOR_GP 13
 #define VECTOR_PF 14
 #define VECTORS 256
+/* A bit for each exception that pushes an error code: 8, 10 to 14, 17, 21, and AMD's 29 and 30. */
+#define VECTORS_WITH_ERROR_CODE 0x60227d00u

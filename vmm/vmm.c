@@ -3,7 +3,7 @@
  *
  * How to read it. main(), at the end, is the table of contents: each line is one stage in the life
  * of a virtual machine. The sections stand in the order in which a machine comes to life, and each
- * uses only what stands above it:
+ * uses what stands above it. On a first reading, skip Image and Post-mortem.
  *
  *   Errors          one line, an exit status, and what to do next
  *   Events          the record of all that happened (include/events.h)
@@ -14,9 +14,10 @@
  *   Entry state     the registers and the boot data that an entry point expects
  *   Page walk       gva -> gpa in software, as the CPU does it
  *   Post-mortem     what to tell a student whose guest has died
+ *   Exit record     names and counts of exits
  *   Bus             who answers at a port or at an address
  *   Devices         COM1 and the three ports of include/machine.h
- *   Exits           what to do when KVM_RUN returns, one row for each reason
+ *   Exits           what to do when KVM_RUN returns, a row for each reason
  *   Run             enter the guest, leave it, until something ends the run
  *   Host-half API   what a lesson's host.c may call (include/host.h)
  *
@@ -74,7 +75,7 @@ static struct host_half half;
 
 /* The exit status of the VMM; README lists them, and `make run` passes them on. */
 enum status {
-    STATUS_OK = 0,     /* the guest ended the run, content */
+    STATUS_OK = 0,     /* the guest ended the run, as a success */
     STATUS_FAILED = 1, /* the guest ended the run, reporting failure, or is not written yet */
     STATUS_USAGE = 2,  /* the command line makes no sense */
     STATUS_CRASH = 3,  /* triple fault, unhandled exception, emulation failure, unknown access */
@@ -108,9 +109,9 @@ static int ioctl_or_die(int fd, unsigned long request, const char *name, void *a
 
 /* An ioctl whose argument is a number, and one whose argument is a structure of the size that the
  * request itself encodes. KVM_GET/SET_CPUID2 and the like encode the size of the fixed part. */
-#define KVM_CALL(fd, request, number) \
+#define KVM_NUMBER(fd, request, number) \
     ioctl_or_die(fd, request, #request, (void *)(uintptr_t)(number))
-#define KVM_PASS(fd, request, pointer)                                                           \
+#define KVM_STRUCT(fd, request, pointer)                                                         \
     ({                                                                                           \
         _Static_assert(_IOC_SIZE(request) == sizeof *(pointer), #request " takes another type"); \
         ioctl_or_die(fd, request, #request, pointer);                                            \
@@ -134,7 +135,8 @@ static struct {
 } run_totals;
 
 static struct {
-    FILE *file; /* NULL: nothing is recorded */
+    FILE *file;   /* NULL: nothing is recorded */
+    bool is_open; /* between event_begin() and event_end() */
     const char *path;
     uint64_t sequence;
 } events;
@@ -146,53 +148,53 @@ static void events_open(const char *path) {
         die(STATUS_HOST, "cannot write the events to %s: %s", path, strerror(errno));
 }
 
-void event_begin(const char *kind) {
+__attribute__((format(printf, 1, 2))) static void event_print(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
     if (events.file)
-        fprintf(events.file, "{\"seq\":%" PRIu64 ",\"ns\":%" PRIu64 ",\"kind\":\"%s\"",
-                events.sequence++, clock_ns() - run_totals.started_ns, kind);
+        vfprintf(events.file, format, arguments);
+    va_end(arguments);
+}
+
+void event_begin(const char *kind) {
+    events.is_open = true;
+    event_print("{\"seq\":%" PRIu64 ",\"ns\":%" PRIu64 ",\"kind\":\"%s\"", events.sequence++,
+                clock_ns() - run_totals.started_ns, kind);
+}
+
+void event_end(void) {
+    events.is_open = false;
+    event_print("}\n");
 }
 
 void event_number(const char *name, uint64_t value) {
-    if (events.file)
-        fprintf(events.file, ",\"%s\":%" PRIu64, name, value);
+    event_print(",\"%s\":%" PRIu64, name, value);
 }
 
 void event_hex(const char *name, uint64_t value) {
-    if (events.file)
-        fprintf(events.file, ",\"%s\":\"0x%" PRIx64 "\"", name, value);
+    event_print(",\"%s\":\"0x%" PRIx64 "\"", name, value);
 }
 
 /* Strings come from the guest, too: anything that is not plain ASCII is escaped byte by byte. */
 void event_string(const char *name, const char *value) {
-    if (!events.file)
-        return;
-    fprintf(events.file, ",\"%s\":\"", name);
+    event_print(",\"%s\":\"", name);
     for (const char *c = value; *c; c++) {
-        if (*c == '"' || *c == '\\')
-            fprintf(events.file, "\\%c", *c);
-        else if (*c < 0x20 || *c > 0x7e)
-            fprintf(events.file, "\\u%04x", (unsigned)(uint8_t)*c);
-        else
-            fputc(*c, events.file);
+        bool is_plain = *c >= 0x20 && *c <= 0x7e && *c != '"' && *c != '\\';
+        event_print(is_plain ? "%c" : "\\u%04x", (uint8_t)*c);
     }
-    fputc('"', events.file);
+    event_print("\"");
 }
 
 void event_bytes(const char *name, const void *bytes, uint64_t size) {
-    if (!events.file)
-        return;
-    fprintf(events.file, ",\"%s\":\"", name);
+    event_print(",\"%s\":\"", name);
     for (uint64_t i = 0; i < size; i++)
-        fprintf(events.file, "%02x", ((const uint8_t *)bytes)[i]);
-    fputc('"', events.file);
-}
-
-void event_end(void) {
-    if (events.file)
-        fputs("}\n", events.file);
+        event_print("%02x", ((const uint8_t *)bytes)[i]);
+    event_print("\"");
 }
 
 static void events_close(enum status status, const char *how) {
+    if (events.is_open)
+        event_end();
     event_begin("end");
     event_number("status", status);
     event_string("how", how);
@@ -212,27 +214,17 @@ static void events_close(enum status status, const char *how) {
 /* ---------------------------------------------------------------------------------------------- */
 /* Options */
 
-static const char *const irqchip_names[] = {
-    [MACHINE_IRQCHIP_NONE] = "none",
-    [MACHINE_IRQCHIP_SPLIT] = "split",
-    [MACHINE_IRQCHIP_KERNEL] = "kernel",
-};
-
-static const char *const unknown_io_names[] = {
-    [MACHINE_UNKNOWN_IO_FATAL] = "fatal",
-    [MACHINE_UNKNOWN_IO_IGNORE] = "ignore",
-};
+/* By enum machine_irqchip and enum machine_unknown_io. */
+static const char *const irqchip_names[] = {"none", "split", "kernel"};
+static const char *const unknown_io_names[] = {"fatal", "ignore"};
 
 #define NOT_GIVEN UINT32_MAX
+#define NEVER UINT64_MAX
 
 static struct {
-    const char *image;
-    const char *append;
-    const char *events;
-    const char *debugcon;
-    const char *kvm;
+    const char *image, *append, *events, *debugcon, *kvm;
     uint64_t seed;
-    uint64_t step_after; /* an exit; 0: never */
+    uint64_t step_after; /* an exit */
     double time_limit;   /* seconds; 0: none */
     bool summary;
     int argc;
@@ -241,6 +233,7 @@ static struct {
 } options = {
     .kvm = "/dev/kvm",
     .time_limit = 10,
+    .step_after = NEVER,
     .machine = {.memory_mib = NOT_GIVEN, .irqchip = NOT_GIVEN, .unknown_io = NOT_GIVEN},
 };
 
@@ -267,24 +260,26 @@ static const char help_text[] =
     "                               triple fault then shows the registers before it on any CPU\n"
     "  -h, --help                   print this help and leave\n"
     "\n"
-    "Exit status: 0 the guest ended the run and reported success; 1 it reported failure, or a "
-    "part\n"
-    "is not written yet; 2 usage; 3 the guest crashed; 4 it hung; 5 the host refused something;\n"
+    "Exit status: 0 the guest ended the run and reported success; 1 it reported failure, or a\n"
+    "part is not written yet; 2 usage; 3 the guest crashed; 4 it hung; 5 the host refused "
+    "something;\n"
     "128+n ended by signal n.\n";
 
-static const struct option long_options[] = {{"memory", required_argument, NULL, 'm'},
-                                             {"irqchip", required_argument, NULL, 'i'},
-                                             {"unknown-io", required_argument, NULL, 'u'},
-                                             {"seed", required_argument, NULL, 's'},
-                                             {"append", required_argument, NULL, 'a'},
-                                             {"time-limit", required_argument, NULL, 't'},
-                                             {"events", required_argument, NULL, 'e'},
-                                             {"debugcon", required_argument, NULL, 'd'},
-                                             {"summary", no_argument, NULL, 'S'},
-                                             {"kvm", required_argument, NULL, 'k'},
-                                             {"step-after", required_argument, NULL, 'x'},
-                                             {"help", no_argument, NULL, 'h'},
-                                             {NULL, 0, NULL, 0}};
+static const struct option long_options[] = {
+    {"memory", required_argument, NULL, 'm'},
+    {"irqchip", required_argument, NULL, 'i'},
+    {"unknown-io", required_argument, NULL, 'u'},
+    {"seed", required_argument, NULL, 's'},
+    {"append", required_argument, NULL, 'a'},
+    {"time-limit", required_argument, NULL, 't'},
+    {"events", required_argument, NULL, 'e'},
+    {"debugcon", required_argument, NULL, 'd'},
+    {"summary", no_argument, NULL, 'S'},
+    {"kvm", required_argument, NULL, 'k'},
+    {"step-after", required_argument, NULL, 'x'},
+    {"help", no_argument, NULL, 'h'},
+    {0},
+};
 
 static uint64_t option_number(const char *name, const char *text, uint64_t min, uint64_t max) {
     char *end;
@@ -333,7 +328,7 @@ static void option_take(int option, const char *value) {
     case 'd': options.debugcon = value; break;
     case 'S': options.summary = true; break;
     case 'k': options.kvm = value; break;
-    case 'x': options.step_after = option_number("step-after", value, 1, UINT64_MAX); break;
+    case 'x': options.step_after = option_number("step-after", value, 0, NEVER - 1); break;
     case 'h': fputs(help_text, stdout); exit(fflush(stdout) ? STATUS_HOST : STATUS_OK);
     default: /* getopt_long has said what is wrong, in one line */ exit(STATUS_USAGE);
     }
@@ -383,7 +378,6 @@ __attribute__((warn_unused_result)) static void *memory_at(gpa_t gpa, uint64_t s
 
 /* An image that has more is not one of ours, nor a kernel: it is damaged or malicious. */
 #define SEGMENTS_MAX 64
-#define SYMBOLS_MAX (1u << 20)
 
 /* One byte range of the file that becomes one byte range of guest memory; the rest is zero. */
 struct segment {
@@ -417,18 +411,15 @@ static struct {
 #define BOOT_DATA_SIZE UINT64_C(0x2000)
 #define COMMAND_LINE_MAX 2048
 
-#define image_die(format, ...) \
-    die(STATUS_HOST, "%s: " format, options.image __VA_OPT__(, ) __VA_ARGS__)
+#define image_die(format, ...) die(STATUS_HOST, "%s: " format, options.image, ##__VA_ARGS__)
 
 static void image_open(void) {
     int fd = open(options.image, O_RDONLY | O_CLOEXEC);
     struct stat status;
     if (fd < 0 || fstat(fd, &status) < 0)
         image_die("cannot read the image: %s", strerror(errno));
-    if (!S_ISREG(status.st_mode))
-        image_die("not a file");
-    if (status.st_size == 0)
-        image_die("the file is empty");
+    if (!S_ISREG(status.st_mode) || status.st_size == 0)
+        image_die("%s", status.st_size == 0 ? "the file is empty" : "not a file");
     image.size = (uint64_t)status.st_size;
     image.bytes = mmap(NULL, image.size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (image.bytes == MAP_FAILED)
@@ -449,7 +440,7 @@ __attribute__((warn_unused_result)) static bool image_read(uint64_t offset, void
     return true;
 }
 
-/* The bytes of an array member, or false if its index makes no sense. */
+/* The bytes of an array element, or false if its index makes no sense. */
 static bool image_read_item(uint64_t base, uint64_t index, void *to, uint64_t size) {
     return base <= image.size && index <= image.size / size &&
            image_read(base + index * size, to, size);
@@ -505,18 +496,15 @@ static uint64_t image_note_in(const Elf64_Phdr *segment, const char *name, uint3
     Elf64_Nhdr note;
     while (left >= sizeof note && image_read(at, &note, sizeof note)) {
         uint64_t name_size = (sizeof note + note.n_namesz + align - 1) / align * align;
-        uint64_t note_size = name_size + (note.n_descsz + align - 1) / align * align;
-        if (name_size + note.n_descsz > left || !image_has(at, name_size + note.n_descsz))
+        uint64_t note_size = (name_size + note.n_descsz + align - 1) / align * align;
+        *size = note.n_descsz;
+        if (name_size + *size > left || !image_has(at, name_size + *size))
             return 0;
         if (note.n_type == type && note.n_namesz == strlen(name) + 1 &&
-            !memcmp(image.bytes + at + sizeof note, name, note.n_namesz)) {
-            *size = note.n_descsz;
+            !memcmp(image.bytes + at + sizeof note, name, note.n_namesz))
             return at + name_size;
-        }
-        if (note_size > left)
-            return 0;
         at += note_size;
-        left -= note_size;
+        left -= note_size < left ? note_size : left;
     }
     return 0;
 }
@@ -531,7 +519,7 @@ static uint64_t image_note(const char *name, uint32_t type, uint32_t *size) {
     return 0;
 }
 
-/* What machine does the image ask for? Options override its note; defaults stand in for one. */
+/* What machine does the image ask for? Without a note, defaults hold; options override both. */
 static struct machine_note image_machine(void) {
     struct machine_note note = {MACHINE_NOTE_VERSION, 64, MACHINE_IRQCHIP_NONE, MACHINE_DEVICE_COM1,
                                 MACHINE_UNKNOWN_IO_FATAL};
@@ -553,8 +541,8 @@ static struct machine_note image_machine(void) {
     return note;
 }
 
-static bool ranges_overlap(uint64_t a, uint64_t a_size, uint64_t b, uint64_t b_size) {
-    return a < b + b_size && b < a + a_size;
+static bool segment_overlaps(const struct segment *segment, gpa_t gpa, uint64_t size) {
+    return segment->gpa < gpa + size && gpa < segment->gpa + segment->memory_size;
 }
 
 static void image_load_segment(struct segment segment) {
@@ -568,11 +556,10 @@ static void image_load_segment(struct segment segment) {
         image_die("segment %u (gpa 0x%" PRIx64 ", 0x%" PRIx64 " bytes) lies outside the %" PRIu64
                   " MiB of guest memory",
                   index, segment.gpa, segment.memory_size, memory.size / MIB);
-    if (ranges_overlap(segment.gpa, segment.memory_size, BOOT_DATA_GPA, BOOT_DATA_SIZE))
+    if (segment_overlaps(&segment, BOOT_DATA_GPA, BOOT_DATA_SIZE))
         image_die("segment %u overlaps the boot data at gpa 0x%" PRIx64, index, BOOT_DATA_GPA);
     for (unsigned i = 0; i < index; i++)
-        if (ranges_overlap(segment.gpa, segment.memory_size, image.segments[i].gpa,
-                           image.segments[i].memory_size))
+        if (segment_overlaps(&segment, image.segments[i].gpa, image.segments[i].memory_size))
             image_die("segments %u and %u overlap", i, index);
     memcpy(hva, image.bytes + segment.offset, segment.file_size);
     image.segments[image.segment_count++] = segment;
@@ -685,8 +672,8 @@ static bool symbol_is_code(const Elf64_Sym *symbol) {
 
 static void symbols_read(const Elf64_Shdr *table, const Elf64_Shdr *strings) {
     uint64_t count = table->sh_size / sizeof(Elf64_Sym);
-    if (count == 0 || count > SYMBOLS_MAX || !image_has(table->sh_offset, table->sh_size) ||
-        strings->sh_size == 0 || !image_has(strings->sh_offset, strings->sh_size) ||
+    if (count == 0 || !image_has(table->sh_offset, table->sh_size) || strings->sh_size == 0 ||
+        !image_has(strings->sh_offset, strings->sh_size) ||
         image.bytes[strings->sh_offset + strings->sh_size - 1] != '\0')
         return;
     image.symbols = calloc(count, sizeof *image.symbols);
@@ -762,7 +749,6 @@ static struct {
     struct machine_note note;
     int kvm, vm, vcpu;
     struct kvm_run *run; /* shared with the kernel: the last exit, and the registers */
-    size_t run_size;
 } machine;
 
 static void kvm_open(void) {
@@ -774,7 +760,7 @@ static void kvm_open(void) {
     if (version != KVM_API_VERSION)
         die(STATUS_HOST, "%s is not KVM (API version %d, not %d)", options.kvm, version,
             KVM_API_VERSION);
-    int synced = KVM_CALL(machine.kvm, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
+    int synced = KVM_NUMBER(machine.kvm, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
     if ((synced & KVM_SYNC_X86_VALID_FIELDS) != KVM_SYNC_X86_VALID_FIELDS)
         die(STATUS_HOST, "this KVM lacks KVM_CAP_SYNC_REGS; Linux has it since 4.17");
 }
@@ -783,8 +769,8 @@ static void irqchip_create(void) {
     struct kvm_enable_cap split = {.cap = KVM_CAP_SPLIT_IRQCHIP, .args = {24}};
     switch ((enum machine_irqchip)machine.note.irqchip) {
     case MACHINE_IRQCHIP_NONE: break;
-    case MACHINE_IRQCHIP_SPLIT: KVM_PASS(machine.vm, KVM_ENABLE_CAP, &split); break;
-    case MACHINE_IRQCHIP_KERNEL: KVM_CALL(machine.vm, KVM_CREATE_IRQCHIP, 0); break;
+    case MACHINE_IRQCHIP_SPLIT: KVM_STRUCT(machine.vm, KVM_ENABLE_CAP, &split); break;
+    case MACHINE_IRQCHIP_KERNEL: KVM_NUMBER(machine.vm, KVM_CREATE_IRQCHIP, 0); break;
     }
 }
 
@@ -796,15 +782,16 @@ static void slot_set(enum slot slot, gpa_t gpa, void *hva, uint64_t size) {
                                                  .guest_phys_addr = gpa,
                                                  .memory_size = size,
                                                  .userspace_addr = (uintptr_t)hva};
-    KVM_PASS(machine.vm, KVM_SET_USER_MEMORY_REGION, &region);
+    KVM_STRUCT(machine.vm, KVM_SET_USER_MEMORY_REGION, &region);
 }
 
 static void vm_create(void) {
-    machine.vm = KVM_CALL(machine.kvm, KVM_CREATE_VM, 0);
-    /* Intel CPUs without unrestricted guests need three pages of scratch, above all of RAM. */
+    machine.vm = KVM_NUMBER(machine.kvm, KVM_CREATE_VM, 0);
+    /* Intel CPUs without unrestricted guests need scratch pages above all of RAM: one for an identity
+     * map, three for a task state. */
     uint64_t identity_map = 0xfeffc000;
-    KVM_PASS(machine.vm, KVM_SET_IDENTITY_MAP_ADDR, &identity_map);
-    KVM_CALL(machine.vm, KVM_SET_TSS_ADDR, identity_map + PAGE_SIZE);
+    KVM_STRUCT(machine.vm, KVM_SET_IDENTITY_MAP_ADDR, &identity_map);
+    KVM_NUMBER(machine.vm, KVM_SET_TSS_ADDR, identity_map + PAGE_SIZE);
     irqchip_create();
     slot_set(SLOT_RAM, 0, memory.hva, memory.size);
 }
@@ -816,23 +803,31 @@ static void vcpu_set_cpuid(void) {
         struct kvm_cpuid2 header;
         struct kvm_cpuid_entry2 entries[CPUID_ENTRIES_MAX];
     } cpuid = {.header.nent = CPUID_ENTRIES_MAX - 1};
-    KVM_PASS(machine.kvm, KVM_GET_SUPPORTED_CPUID, &cpuid.header);
+    KVM_STRUCT(machine.kvm, KVM_GET_SUPPORTED_CPUID, &cpuid.header);
     uint32_t kept = 0;
-    for (uint32_t i = 0; i < cpuid.header.nent; i++)
-        if ((cpuid.entries[i].function & 0xffffff00) != KVMLAB_CPUID_LEAF)
-            cpuid.entries[kept++] = cpuid.entries[i];
+    for (uint32_t i = 0; i < cpuid.header.nent; i++) {
+        struct kvm_cpuid_entry2 *entry = &cpuid.entries[i];
+        if (entry->function == 1) {
+            entry->ebx &= 0x00ffffff; /* the APIC id of this vCPU, not of the CPU we run on */
+            entry->ecx |= 1u << 31;   /* there is a hypervisor */
+        } else if (entry->function == 0xb || entry->function == 0x1f) {
+            entry->edx = 0; /* the x2APIC id */
+        }
+        if ((entry->function & 0xffffff00) != KVMLAB_CPUID_LEAF)
+            cpuid.entries[kept++] = *entry;
+    }
     struct kvm_cpuid_entry2 *leaf = &cpuid.entries[kept++];
     *leaf = (struct kvm_cpuid_entry2){.function = KVMLAB_CPUID_LEAF, .eax = KVMLAB_CPUID_LEAF};
     memcpy(&leaf->ebx, "kvml", 4);
     memcpy(&leaf->ecx, "ab\0\0", 4);
     cpuid.header.nent = kept;
-    KVM_PASS(machine.vcpu, KVM_SET_CPUID2, &cpuid.header);
+    KVM_STRUCT(machine.vcpu, KVM_SET_CPUID2, &cpuid.header);
 }
 
 static void vcpu_create(void) {
-    machine.vcpu = KVM_CALL(machine.vm, KVM_CREATE_VCPU, 0);
-    machine.run_size = (size_t)KVM_CALL(machine.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-    machine.run = mmap(NULL, machine.run_size, PROT_READ | PROT_WRITE, MAP_SHARED, machine.vcpu, 0);
+    machine.vcpu = KVM_NUMBER(machine.vm, KVM_CREATE_VCPU, 0);
+    size_t run_size = (size_t)KVM_NUMBER(machine.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+    machine.run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, machine.vcpu, 0);
     if (machine.run == MAP_FAILED)
         die(STATUS_HOST, "cannot map the vCPU: %s", strerror(errno));
     vcpu_set_cpuid();
@@ -872,7 +867,7 @@ struct multiboot_boot_data {
         uint32_t flags, mem_lower, mem_upper, boot_device, cmdline, mods_count, mods_addr, syms[4];
         uint32_t mmap_length, mmap_addr;
     } info;
-    struct __attribute__((packed)) {
+    struct __attribute__((packed)) multiboot_memory {
         uint32_t size; /* of the rest */
         uint64_t addr, len;
         uint32_t type;
@@ -910,10 +905,8 @@ static void boot_data_write(void) {
         data->info.cmdline = BOOT_DATA_FIELD(struct multiboot_boot_data, command_line);
         data->info.mmap_length = sizeof data->memory_map;
         data->info.mmap_addr = BOOT_DATA_FIELD(struct multiboot_boot_data, memory_map);
-        data->memory_map[0].size = sizeof data->memory_map[0] - sizeof data->memory_map[0].size;
-        data->memory_map[0].addr = 0;
-        data->memory_map[0].len = memory.size;
-        data->memory_map[0].type = MULTIBOOT_MEMORY_AVAILABLE;
+        data->memory_map[0] = (struct multiboot_memory){sizeof data->memory_map[0] - 4, 0,
+                                                        memory.size, MULTIBOOT_MEMORY_AVAILABLE};
         boot_command_line(data->command_line);
     }
 }
@@ -929,7 +922,7 @@ static void vcpu_set_entry_state(void) {
     data.type = 0x3;
     struct kvm_segment task = {.limit = 0x67, .type = 0xb, .present = 1};
     struct kvm_sregs *sregs = vcpu_sregs();
-    KVM_PASS(machine.vcpu, KVM_GET_SREGS, sregs);
+    KVM_STRUCT(machine.vcpu, KVM_GET_SREGS, sregs);
     sregs->cs = code;
     sregs->ds = sregs->es = sregs->fs = sregs->gs = sregs->ss = data;
     sregs->tr = task;
@@ -958,20 +951,21 @@ static bool walk_step(struct walk *walk, gpa_t entry_gpa, unsigned level) {
     uint64_t value = *entry;
     walk->entry[walk->steps].gpa = entry_gpa;
     walk->entry[walk->steps++].value = value;
-    walk->permits = (walk->permits & (value | PTE_NO_EXECUTE)) | (value & PTE_NO_EXECUTE);
     if (!(value & PTE_PRESENT)) {
         walk->end = WALK_NOT_PRESENT;
         return false;
     }
-    if (level >= 4 && (value & PTE_LARGE)) {
-        walk->end = WALK_RESERVED_BIT;
-        return false;
-    }
+    /* Any level can take the W and U permissions away; any level can forbid execution. */
+    walk->permits &= value | PTE_NO_EXECUTE;
+    walk->permits |= value & PTE_NO_EXECUTE;
     if (level > 1 && !(value & PTE_LARGE))
         return true;
-    walk->end = WALK_MAPPED;
+    /* Only a PDPT or PD entry may be large, and its address is that of a large frame: the bits below
+     * are reserved, but for PAT. Not modelled: MAXPHYADDR, CPUs without 1 GiB pages, NXE off. */
     walk->page_size = PAGE_SIZE << (9 * (level - 1));
-    walk->gpa = value & PTE_ADDRESS & ~(walk->page_size - 1);
+    walk->gpa = value & PTE_ADDRESS & ~(level > 1 ? PTE_LARGE_PAT : 0);
+    bool is_valid = level <= 3 && !(walk->gpa & (walk->page_size - 1));
+    walk->end = is_valid ? WALK_MAPPED : WALK_RESERVED_BIT;
     return false;
 }
 
@@ -983,22 +977,17 @@ static bool gva_is_canonical(gva_t gva, unsigned top_level) {
 /* SDM 3A "4-Level Paging and 5-Level Paging". The accessed and dirty bits stay as they are. */
 static struct walk page_walk(gpa_t root_gpa, gva_t gva) {
     const struct kvm_sregs *sregs = vcpu_sregs();
-    struct walk walk = {.top_level = sregs->cr4 & X86_CR4_LA57 ? 5 : 4,
+    struct walk walk = {.end = WALK_NOT_MODELLED,
+                        .top_level = sregs->cr4 & X86_CR4_LA57 ? 5 : 4,
                         .permits = PTE_WRITABLE | PTE_USER};
-    if (!(sregs->cr0 & X86_CR0_PG)) {
-        walk.end = WALK_MAPPED;
-        walk.gpa = gva;
-        walk.page_size = PAGE_SIZE;
+    if (!(sregs->cr0 & X86_CR0_PG))
+        return (struct walk){
+            .end = WALK_MAPPED, .gpa = gva, .page_size = PAGE_SIZE, .permits = walk.permits};
+    if (!(sregs->efer & EFER_LMA))
         return walk;
-    }
-    if (!(sregs->efer & EFER_LMA)) {
-        walk.end = WALK_NOT_MODELLED;
+    walk.end = WALK_NOT_CANONICAL;
+    if (!gva_is_canonical(gva, walk.top_level))
         return walk;
-    }
-    if (!gva_is_canonical(gva, walk.top_level)) {
-        walk.end = WALK_NOT_CANONICAL;
-        return walk;
-    }
     gpa_t table = root_gpa & PTE_ADDRESS;
     unsigned level = walk.top_level;
     while (walk_step(&walk, table + UINT64_C(8) * page_index(gva, level), level)) {
@@ -1032,6 +1021,13 @@ static void guest_read_text(gva_t gva, char *to, uint64_t size) {
 
 /* ---------------------------------------------------------------------------------------------- */
 /* Post-mortem */
+
+/* After the limit, the timer goes on once a second. Rounded up, since 0 stops the timer. */
+static void time_limit_set(double seconds) {
+    int64_t us = (int64_t)(seconds * 1e6 + 0.999999);
+    struct itimerval limit = {.it_interval.tv_sec = 1, .it_value = {us / 1000000, us % 1000000}};
+    setitimer(ITIMER_REAL, &limit, NULL);
+}
 
 /* How the run ended, once something has ended it. */
 static struct {
@@ -1081,10 +1077,12 @@ static const char *vector_name(uint64_t vector) {
     return vector < LENGTH(names) ? names[vector] : other;
 }
 
-/* "write by the kernel, page not present" */
-static const char *page_fault_text(uint64_t error_code) {
+/* What a page fault's error code says: " (write by the kernel, page not present)". */
+static const char *error_code_text(uint64_t vector, uint64_t error_code) {
     static char text[96];
-    snprintf(text, sizeof text, "%s by %s, %s",
+    if (vector != VECTOR_PF)
+        return "";
+    snprintf(text, sizeof text, " (%s by %s, %s)",
              error_code & PF_ERROR_FETCH   ? "instruction fetch"
              : error_code & PF_ERROR_WRITE ? "write"
                                            : "read",
@@ -1121,17 +1119,14 @@ static void say_backtrace(gva_t rip, gva_t rbp) {
     }
 }
 
-static const char *walk_end_text(enum walk_end end) {
-    switch (end) {
-    case WALK_MAPPED: return "mapped";
-    case WALK_NOT_PRESENT: return "the walk stops here: bit 0 (present) is clear";
-    case WALK_RESERVED_BIT: return "the walk stops here: bit 7 is reserved at this level";
-    case WALK_OUTSIDE_MEMORY: return "the walk stops here: the next table is outside guest memory";
-    case WALK_NOT_CANONICAL: return "not canonical: the upper bits must all equal bit 47";
-    case WALK_NOT_MODELLED: return "32-bit paging, which this walk does not model";
-    }
-    return "";
-}
+static const char *const walk_end_texts[] = {
+    [WALK_NOT_PRESENT] = "the walk stops here: bit 0 (present) is clear",
+    [WALK_RESERVED_BIT] =
+        "the walk stops here: a large page, but misaligned or at a wrong level (reserved bit)",
+    [WALK_OUTSIDE_MEMORY] = "the walk stops here: the next table is outside guest memory",
+    [WALK_NOT_CANONICAL] = "not canonical: the upper bits must all equal bit 47",
+    [WALK_NOT_MODELLED] = "32-bit paging, which this walk does not model",
+};
 
 static void say_walk_entry(const struct walk *walk, unsigned step, gva_t gva) {
     static const char *const tables[] = {"", "PT", "PD", "PDPT", "PML4", "PML5"};
@@ -1156,21 +1151,23 @@ static void say_walk(gva_t gva) {
             walk.permits & PTE_USER ? "user" : "kernel only",
             walk.permits & PTE_NO_EXECUTE ? "no-execute" : "executable");
     else
-        say("    %s", walk_end_text(walk.end));
+        say("    %s", walk_end_texts[walk.end]);
+}
+
+static void say_state(const struct kvm_regs *regs) {
+    say_registers(regs);
+    say_backtrace(regs->rip, regs->rbp);
 }
 
 /* The exception itself, in one line, and what its kind needs to be understood. */
 static void say_exception(const char *what, uint64_t vector, uint64_t error_code,
                           const struct kvm_regs *regs) {
-    bool is_page_fault = vector == VECTOR_PF;
-    say("vmm: the guest crashed: %s %s, error code 0x%" PRIx64 "%s%s%s at rip %s", what,
-        vector_name(vector), error_code, is_page_fault ? " (" : "",
-        is_page_fault ? page_fault_text(error_code) : "", is_page_fault ? ")" : "",
+    say("vmm: the guest crashed: %s %s, error code 0x%" PRIx64 "%s at rip %s", what,
+        vector_name(vector), error_code, error_code_text(vector, error_code),
         symbol_or_address(regs->rip).text);
-    if (is_page_fault)
+    if (vector == VECTOR_PF)
         say_walk(vcpu_sregs()->cr2);
-    say_registers(regs);
-    say_backtrace(regs->rip, regs->rbp);
+    say_state(regs);
 }
 
 static void panic_exception(const struct panic *panic) {
@@ -1181,26 +1178,10 @@ static void panic_exception(const struct panic *panic) {
             panic->frame_gva);
         return;
     }
-    struct kvm_regs regs = {
-        .rax = frame.rax,
-        .rbx = frame.rbx,
-        .rcx = frame.rcx,
-        .rdx = frame.rdx,
-        .rsi = frame.rsi,
-        .rdi = frame.rdi,
-        .rsp = frame.rsp,
-        .rbp = frame.rbp,
-        .r8 = frame.r8,
-        .r9 = frame.r9,
-        .r10 = frame.r10,
-        .r11 = frame.r11,
-        .r12 = frame.r12,
-        .r13 = frame.r13,
-        .r14 = frame.r14,
-        .r15 = frame.r15,
-        .rip = frame.rip,
-        .rflags = frame.rflags,
-    };
+    /* In the order of struct kvm_regs. */
+    struct kvm_regs regs = {frame.rax, frame.rbx, frame.rcx, frame.rdx, frame.rsi, frame.rdi,
+                            frame.rsp, frame.rbp, frame.r8,  frame.r9,  frame.r10, frame.r11,
+                            frame.r12, frame.r13, frame.r14, frame.r15, frame.rip, frame.rflags};
     event_number("vector", frame.vector);
     event_hex("error_code", frame.error_code);
     event_hex("cr2", vcpu_sregs()->cr2);
@@ -1209,27 +1190,19 @@ static void panic_exception(const struct panic *panic) {
     say_exception("unhandled exception", frame.vector, frame.error_code, &regs);
 }
 
-static void todo_end(const char *location, const char *task) {
+static void say_todo(const char *location, const char *task) {
     say("vmm: %s: not written yet: %s", location, task);
     say("vmm: open that file; the README.md beside it says what is asked for");
-    run_end(STATUS_FAILED, "todo");
 }
 
 /* The guest gave up and says why (include/machine.h). */
 static void panic_end(gva_t panic_gva) {
-    static const char *const reasons[] = {
-        [PANIC_EXCEPTION] = "exception", [PANIC_MESSAGE] = "message", [PANIC_TODO] = "todo"};
-    struct panic panic;
+    static const char *const reasons[] = {"?", "exception", "message", "todo"};
+    struct panic panic = {0};
     char message[512];
     char location[128];
-    if (!guest_read(panic_gva, &panic, sizeof panic) || panic.kind < PANIC_EXCEPTION ||
-        panic.kind > PANIC_TODO) {
-        say("vmm: the guest crashed: it wrote 0x%" PRIx64 " to the panic port, and there is no "
-            "panic there",
-            panic_gva);
-        run_end(STATUS_CRASH, "panic");
-        return;
-    }
+    if (!guest_read(panic_gva, &panic, sizeof panic) || panic.kind >= LENGTH(reasons))
+        panic = (struct panic){0};
     guest_read_text(panic.message_gva, message, sizeof message);
     guest_read_text(panic.location_gva, location, sizeof location);
     event_begin("panic");
@@ -1240,17 +1213,19 @@ static void panic_end(gva_t panic_gva) {
         panic_exception(&panic);
     event_end();
     if (panic.kind == PANIC_TODO) {
-        todo_end(location, message);
-        return;
-    }
-    if (panic.kind == PANIC_MESSAGE) {
+        say_todo(location, message);
+    } else if (panic.kind == PANIC_MESSAGE) {
         say("vmm: the guest panicked: %s (%s)", message, location);
         say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
+    } else if (panic.kind != PANIC_EXCEPTION) {
+        say("vmm: the guest crashed: it wrote 0x%" PRIx64 " to the panic port; no panic is there",
+            panic_gva);
     }
-    run_end(STATUS_CRASH, "panic");
+    bool is_todo = panic.kind == PANIC_TODO;
+    run_end(is_todo ? STATUS_FAILED : STATUS_CRASH, is_todo ? "todo" : "panic");
 }
 
-/* The kinds of event that are a post-mortem start with where the guest was. */
+/* An event of a kind that starts with where the guest was. */
 static void event_begin_at_rip(const char *kind) {
     event_begin(kind);
     event_hex("rip", vcpu_regs()->rip);
@@ -1266,7 +1241,7 @@ static void event_begin_at_rip(const char *kind) {
 #define RESCUE_GPA (MACHINE_MEMORY_MIB_MAX * MIB)
 
 struct rescue {
-    uint64_t pdpt[512], pd[512], pt[512];
+    uint64_t pdpt[512], pd[512];
     uint64_t idt[VECTORS][2];
     uint8_t stubs[VECTORS][16]; /* an OUT each; rip tells which */
     uint64_t gdt[2], reserved;
@@ -1277,17 +1252,15 @@ struct rescue {
 
 static void rescue_fill(struct rescue *rescue, gva_t base) {
     rescue->pdpt[0] = (RESCUE_GPA + offsetof(struct rescue, pd)) | PTE_PRESENT | PTE_WRITABLE;
-    rescue->pd[0] = (RESCUE_GPA + offsetof(struct rescue, pt)) | PTE_PRESENT | PTE_WRITABLE;
-    for (uint64_t page = 0; page < RESCUE_SIZE / PAGE_SIZE; page++)
-        rescue->pt[page] = (RESCUE_GPA + page * PAGE_SIZE) | PTE_PRESENT | PTE_WRITABLE;
+    rescue->pd[0] = RESCUE_GPA | PTE_PRESENT | PTE_WRITABLE | PTE_LARGE;
     rescue->gdt[1] = 0x00af9b000000ffff; /* selector 8: 64-bit code, ring 0 */
     gva_t stack_top = base + offsetof(struct rescue, stack) + sizeof rescue->stack;
     memcpy(rescue->task_state + 36, &stack_top, sizeof stack_top);
     for (unsigned vector = 0; vector < VECTORS; vector++) {
-        /* SDM 3A "64-Bit IDT Gate Descriptors": a present interrupt gate, selector 8, IST1. */
+        /* SDM 3A "64-Bit IDT Gate Descriptors": an interrupt gate for all rings, selector 8, IST1. */
         gva_t stub = base + offsetof(struct rescue, stubs) + UINT64_C(16) * vector;
         rescue->idt[vector][0] =
-            (stub & 0xffff) | (stub & 0xffff0000) << 32 | 8 << 16 | UINT64_C(0x8e01) << 32;
+            (stub & 0xffff) | (stub & 0xffff0000) << 32 | 8 << 16 | UINT64_C(0xee01) << 32;
         rescue->idt[vector][1] = stub >> 32;
         memcpy(rescue->stubs[vector], (uint8_t[]){0xe6, PORT_PANIC}, 2); /* out PORT_PANIC, al */
     }
@@ -1315,13 +1288,15 @@ struct first_fault {
 
 static struct first_fault rescue_run(const struct rescue *rescue, gva_t base) {
     rescue_set_registers(base);
+    time_limit_set(0.1); /* if it was an interrupt that began it, the guest now just runs on */
     int result = ioctl(machine.vcpu, KVM_RUN, NULL);
+    time_limit_set(0);
     uint64_t stub = vcpu_regs()->rip - base - offsetof(struct rescue, stubs);
     uint64_t stack = vcpu_regs()->rsp - base;
     struct first_fault fault = {.vector = stub / 16, .cr2 = vcpu_sregs()->cr2};
     fault.known = result == 0 && machine.run->exit_reason == KVM_EXIT_IO &&
                   stub < sizeof rescue->stubs && stack < RESCUE_SIZE - 8;
-    if (fault.known && (fault.vector == VECTOR_DF || (fault.vector >= 10 && fault.vector <= 14)))
+    if (fault.known && fault.vector < 32 && (VECTORS_WITH_ERROR_CODE >> fault.vector & 1))
         memcpy(&fault.error_code, (const uint8_t *)rescue + stack, 8);
     return fault;
 }
@@ -1379,13 +1354,17 @@ static struct kvm_sync_regs last_step;
 
 /* KVM on AMD resets the vCPU at a shutdown, which leaves its state undefined (APM 2 "Shutdown
  * Intercept"). A second VMM repeats the run in silence, and after the last exit goes step by step:
- * it knows the registers before the fatal instruction. */
+ * it knows the registers before the fatal instruction. It has no input, so a guest that reads the
+ * console may not get there again. */
 static void triple_fault_replay(void) {
     char step_after[40];
     char **arguments = calloc((size_t)options.argc + 4, sizeof *arguments);
     fflush(NULL);
+    time_limit_set(0); /* the second VMM has its own */
     if (!arguments || fork() != 0) {
-        wait(NULL);
+        while (arguments && wait(NULL) < 0 && errno == EINTR)
+            ;
+        free(arguments);
         return;
     }
     int null = open("/dev/null", O_RDWR);
@@ -1402,14 +1381,14 @@ static void triple_fault_replay(void) {
 
 static void triple_fault_end(void) {
     bool was_reset = !(vcpu_sregs()->cr0 & X86_CR0_PE);
-    if (was_reset && !options.step_after) {
+    if (was_reset && options.step_after == NEVER) {
         event_begin("triple_fault");
         event_end();
         triple_fault_replay();
         run_end(STATUS_CRASH, "triple fault");
         return;
     }
-    if (options.step_after)
+    if (options.step_after != NEVER)
         machine.run->s.regs = last_step;
     struct first_fault fault = first_fault_find();
     event_begin_at_rip("triple_fault");
@@ -1426,7 +1405,7 @@ static void triple_fault_end(void) {
         say("vmm: the guest crashed: triple fault at rip %s",
             symbol_or_address(vcpu_regs()->rip).text);
         say_walk(vcpu_regs()->rip);
-        say_registers(vcpu_regs());
+        say_state(vcpu_regs());
     }
     run_end(STATUS_CRASH, "triple fault");
 }
@@ -1443,13 +1422,47 @@ static void emulation_failure_end(void) {
     event_begin_at_rip("emulation_failure");
     event_bytes("bytes", bytes, count);
     event_end();
-    say("vmm: the guest crashed: KVM cannot emulate the instruction at rip %s (suberror %u)",
-        symbol_or_address(rip).text, machine.run->internal.suberror);
-    say("  bytes at rip: %s", count ? text : "not mapped");
-    say("  KVM emulates an instruction when it accesses MMIO, among others: use a plain mov there");
-    say_registers(vcpu_regs());
-    say_backtrace(rip, vcpu_regs()->rbp);
+    bool is_emulation = machine.run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION;
+    say("vmm: the guest crashed: KVM %s at rip %s (suberror %u)",
+        is_emulation ? "cannot emulate the instruction" : "gives up", symbol_or_address(rip).text,
+        machine.run->internal.suberror);
+    say("  bytes at rip: %s", count ? text : "none, there is no memory");
+    say("  KVM emulates what accesses MMIO, among others: use a plain mov there");
+    say_state(vcpu_regs());
     run_end(STATUS_CRASH, "emulation failure");
+}
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Exit record */
+
+/* Exits by reason, and the one that kept the VMM busy longest. */
+static struct {
+    uint64_t by_reason[32];
+    uint64_t last_guest_ns, last_vmm_ns;
+    struct slowest_exit {
+        uint64_t number, ns;
+        uint32_t reason;
+        gva_t rip;
+    } slowest;
+} exit_totals;
+
+/* "IO" for KVM_EXIT_IO and so on; "?" if this VMM does not know the reason. */
+static const char *exit_name(uint32_t reason);
+
+static void exit_record_begin(void) {
+    event_begin_at_rip("exit");
+    event_number("exit", run_totals.exits);
+    event_string("reason", exit_name(machine.run->exit_reason));
+    event_number("reason_number", machine.run->exit_reason);
+    event_number("if_flag", machine.run->if_flag);
+    event_number("guest_ns", exit_totals.last_guest_ns);
+    event_number("vmm_ns", exit_totals.last_vmm_ns);
+}
+
+static void say_exits(void) {
+    for (unsigned i = 0; i < LENGTH(exit_totals.by_reason); i++)
+        if (exit_totals.by_reason[i])
+            say("  %8" PRIu64 " %s", exit_totals.by_reason[i], exit_name(i));
 }
 
 /* ---------------------------------------------------------------------------------------------- */
@@ -1476,8 +1489,9 @@ static void bus_claim(enum bus_space space, uint64_t first, uint64_t size, const
                       access_handler handler) {
     uint64_t last = first + size - 1;
     if (size == 0 || last < first || (space == BUS_PIO && last > UINT16_MAX))
-        die(STATUS_HOST, "%s claims a range that is none: %s 0x%" PRIx64 ", 0x%" PRIx64 " of them",
-            name, bus_space_names[space], first, size);
+        die(STATUS_HOST,
+            "%s claims an empty or impossible range: 0x%" PRIx64 " %ss from 0x%" PRIx64, name, size,
+            bus_space_names[space], first);
     for (unsigned i = 0; i < bus.count; i++)
         if (bus.ranges[i].space == space && first <= bus.ranges[i].last &&
             bus.ranges[i].first <= last)
@@ -1497,10 +1511,8 @@ static const struct bus_range *bus_find(enum bus_space space, const struct acces
     return NULL;
 }
 
-/* Nobody answers: a read sees what an empty bus shows, and the machine note says what follows. */
+/* Nobody answers: the machine note says what follows. */
 static void bus_unknown(enum bus_space space, struct access *access) {
-    if (!access->is_write)
-        memset(access->data, 0xff, (size_t)access->size * access->count);
     if (space == BUS_MMIO && half.memory_event && half.memory_event(access))
         return;
     event_begin("unknown");
@@ -1520,10 +1532,25 @@ static void bus_unknown(enum bus_space space, struct access *access) {
 }
 
 static void exit_record_access(enum bus_space space, const struct access *access,
-                               const struct bus_range *range);
+                               const struct bus_range *range) {
+    if (!events.file)
+        return;
+    exit_record_begin();
+    event_hex(bus_space_names[space], access->address);
+    event_number("is_write", access->is_write);
+    event_number("size", access->size);
+    if (space == BUS_PIO)
+        event_number("count", access->count);
+    event_bytes("data", access->data, (uint64_t)access->size * access->count);
+    if (range)
+        event_string("device", range->name);
+    event_end();
+}
 
 static void bus_access(enum bus_space space, struct access *access) {
     const struct bus_range *range = bus_find(space, access);
+    if (!access->is_write) /* what an empty bus shows, unless a device fills it in */
+        memset(access->data, 0xff, (size_t)access->size * access->count);
     /* The cause stands before its consequences in the record; what a read gave is known after. */
     if (access->is_write)
         exit_record_access(space, access, range);
@@ -1541,8 +1568,8 @@ static void bus_access(enum bus_space space, struct access *access) {
 #define COM1 0x3f8
 
 /* A 16550 UART (PC16550D data sheet, "Registers") whose transmitter is always ready: what the guest
- * sends is standard output before the next instruction. Not modelled: interrupts, modem lines and
- * the receive FIFO, beyond which a byte simply stays in standard input. */
+ * sends is standard output, by the line. Not modelled: interrupts, modem lines and the receive FIFO;
+ * a byte that the guest has not asked for simply stays in standard input. */
 static struct {
     uint8_t registers[8]; /* as written, for those that just keep what they are given */
     uint8_t divisor[2];   /* behind RX/TX and IER while LCR.DLAB is set */
@@ -1557,6 +1584,7 @@ static void console_write(uint8_t byte) {
 
 static bool com1_has_input(void) {
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
+    fflush(stdout); /* a guest that looks for input has prompted for it */
     if (com1.received < 0 && !com1.input_at_end && poll(&input, 1, 0) == 1) {
         uint8_t byte;
         if (read(STDIN_FILENO, &byte, 1) == 1)
@@ -1611,10 +1639,8 @@ static void com1_access(struct access *access) {
 
 static void exit_port_access(struct access *access) {
     uint32_t code = 0;
-    if (!access->is_write) {
-        memset(access->data, 0, (size_t)access->size * access->count);
+    if (!access->is_write)
         return;
-    }
     memcpy(&code, access->data, access->size);
     run_end(code == 0 ? STATUS_OK : STATUS_FAILED, "exit");
     if (code != 0)
@@ -1623,8 +1649,9 @@ static void exit_port_access(struct access *access) {
 
 static void panic_port_access(struct access *access) {
     uint32_t panic_gva = 0;
-    if (access->is_write)
-        memcpy(&panic_gva, access->data, access->size);
+    if (!access->is_write)
+        return;
+    memcpy(&panic_gva, access->data, access->size);
     panic_end(panic_gva);
 }
 
@@ -1658,6 +1685,28 @@ static void devices_destroy(void) {
 /* ---------------------------------------------------------------------------------------------- */
 /* Exits */
 
+static void say_pending(void) {
+    const struct kvm_vcpu_events *pending = &machine.run->s.regs.events;
+    bool exception = pending->exception.injected || pending->exception.pending;
+    bool nmi = pending->nmi.injected || pending->nmi.pending;
+    bool interrupt = pending->interrupt.injected;
+    say("  interrupts are %s; waiting to be delivered:%s%s%s%s",
+        machine.run->if_flag ? "on" : "off (RFLAGS.IF = 0)", exception ? " an exception" : "",
+        nmi ? " an NMI" : "", interrupt ? " an interrupt" : "",
+        exception || nmi || interrupt ? "" : " nothing");
+}
+
+static void hang_end(const char *how, const char *why) {
+    event_begin_at_rip("hang");
+    event_end();
+    say("vmm: the guest hangs: %s, at rip %s", why, symbol_or_address(vcpu_regs()->rip).text);
+    say_pending();
+    say("  exits so far:");
+    say_exits();
+    say_state(vcpu_regs());
+    run_end(STATUS_HANG, how);
+}
+
 static void exit_io(void) {
     struct kvm_run *run = machine.run;
     struct access access = {.address = run->io.port,
@@ -1678,19 +1727,17 @@ static void exit_mmio(void) {
     bus_access(BUS_MMIO, &access);
 }
 
-/* With interrupts off, a halt is how a guest stops for good. With interrupts on it waits for one,
- * and no device of this machine sends any. A kernel irqchip handles halts itself. */
+/* With interrupts off, a halt is how a guest stops for good. With interrupts on it waits for one:
+ * only a host half could send it, before the next entry. With a local APIC in the kernel there is no
+ * such exit; the kernel waits. */
 static void exit_hlt(void) {
     if (!machine.run->if_flag) {
         run_end(STATUS_OK, "halt");
         return;
     }
-    event_begin_at_rip("hang");
-    event_end();
-    say("vmm: the guest hangs: hlt with interrupts on at rip %s, and nothing can interrupt it",
-        symbol_or_address(vcpu_regs()->rip).text);
-    say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
-    run_end(STATUS_HANG, "halt");
+    if (half.before_entry)
+        return;
+    hang_end("halt", "it waits for an interrupt (hlt), and nothing here can send one");
 }
 
 static void exit_again(void) {}
@@ -1701,77 +1748,41 @@ static void exit_fail_entry(void) {
         machine.run->fail_entry.hardware_entry_failure_reason, vcpu_regs()->rip);
 }
 
-/* The reasons this machine can produce. IO and MMIO record themselves, in bus_access(). */
+/* The reasons that a machine like this one can produce. */
 static const struct exit_kind {
     const char *name;
     void (*handle)(void);
-    bool records_itself;
 } exit_kinds[] = {
-    [KVM_EXIT_IO] = {"IO", exit_io, true},
-    [KVM_EXIT_MMIO] = {"MMIO", exit_mmio, true},
-    [KVM_EXIT_HLT] = {"HLT", exit_hlt, false},
-    [KVM_EXIT_INTR] = {"INTR", exit_again, false},
-    [KVM_EXIT_IRQ_WINDOW_OPEN] = {"IRQ_WINDOW_OPEN", exit_again, false},
-    [KVM_EXIT_DEBUG] = {"DEBUG", exit_debug, false},
-    [KVM_EXIT_SHUTDOWN] = {"SHUTDOWN", triple_fault_end, false},
-    [KVM_EXIT_INTERNAL_ERROR] = {"INTERNAL_ERROR", emulation_failure_end, false},
-    [KVM_EXIT_FAIL_ENTRY] = {"FAIL_ENTRY", exit_fail_entry, false},
+    [KVM_EXIT_IO] = {"IO", exit_io},
+    [KVM_EXIT_DEBUG] = {"DEBUG", exit_debug},
+    [KVM_EXIT_HLT] = {"HLT", exit_hlt},
+    [KVM_EXIT_MMIO] = {"MMIO", exit_mmio},
+    [KVM_EXIT_SHUTDOWN] = {"SHUTDOWN", triple_fault_end},
+    [KVM_EXIT_FAIL_ENTRY] = {"FAIL_ENTRY", exit_fail_entry},
+    [KVM_EXIT_INTR] = {"INTR", exit_again},
+    [KVM_EXIT_INTERNAL_ERROR] = {"INTERNAL_ERROR", emulation_failure_end},
 };
+_Static_assert(LENGTH(exit_kinds) <= LENGTH(exit_totals.by_reason), "each reason has a counter");
 
-static const struct exit_kind *exit_kind(void) {
-    static const struct exit_kind none = {NULL, NULL, false};
-    uint32_t reason = machine.run->exit_reason;
-    return reason < LENGTH(exit_kinds) ? &exit_kinds[reason] : &none;
-}
-
-/* Exits by reason, and the one that kept the VMM busy longest. */
-static struct {
-    uint64_t by_kind[LENGTH(exit_kinds)];
-    uint64_t last_guest_ns, last_vmm_ns;
-    uint64_t slowest_exit, slowest_ns;
-    uint32_t slowest_reason;
-    gva_t slowest_rip;
-} exit_totals;
-
-static void exit_record_begin(void) {
-    event_begin_at_rip("exit");
-    event_number("exit", run_totals.exits);
-    event_string("reason", exit_kind()->name ? exit_kind()->name : "?");
-    event_number("if_flag", machine.run->if_flag);
-    event_number("guest_ns", exit_totals.last_guest_ns);
-    event_number("vmm_ns", exit_totals.last_vmm_ns);
-}
-
-static void exit_record_access(enum bus_space space, const struct access *access,
-                               const struct bus_range *range) {
-    if (!events.file)
-        return;
-    exit_record_begin();
-    event_hex(bus_space_names[space], access->address);
-    event_number("is_write", access->is_write);
-    event_number("size", access->size);
-    if (space == BUS_PIO)
-        event_number("count", access->count);
-    event_bytes("data", access->data, (uint64_t)access->size * access->count);
-    if (range)
-        event_string("device", range->name);
-    event_end();
+static const char *exit_name(uint32_t reason) {
+    return reason < LENGTH(exit_kinds) && exit_kinds[reason].name ? exit_kinds[reason].name : "?";
 }
 
 static void exit_dispatch(void) {
-    const struct exit_kind *kind = exit_kind();
-    if (!kind->records_itself && events.file) {
+    uint32_t reason = machine.run->exit_reason;
+    bool is_access = reason == KVM_EXIT_IO || reason == KVM_EXIT_MMIO;
+    if (!is_access) { /* bus_access() records those, with their data */
         exit_record_begin();
         event_end();
     }
-    if (!kind->handle) {
-        say("vmm: KVM exits with reason %u, which this VMM does not know, at rip %s",
-            machine.run->exit_reason, symbol_or_address(vcpu_regs()->rip).text);
-        run_end(STATUS_CRASH, "unknown exit");
+    if (reason < LENGTH(exit_kinds) && exit_kinds[reason].handle) {
+        exit_totals.by_reason[reason]++;
+        exit_kinds[reason].handle();
         return;
     }
-    exit_totals.by_kind[machine.run->exit_reason]++;
-    kind->handle();
+    say("vmm: KVM exits with reason %u, which this VMM does not know, at rip %s", reason,
+        symbol_or_address(vcpu_regs()->rip).text);
+    run_end(STATUS_CRASH, "unknown exit");
 }
 
 /* ---------------------------------------------------------------------------------------------- */
@@ -1779,104 +1790,74 @@ static void exit_dispatch(void) {
 
 static volatile sig_atomic_t stop_signal;
 
-static void vmm_is_stuck(void) {
-    static const char message[] =
-        "vmm: the time limit is over, and the VMM itself is stuck: a loop "
-        "in the host half (host.c), or nobody reads the console\n";
-    ssize_t ignored = write(STDERR_FILENO, message, sizeof message - 1);
-    (void)ignored;
-    _exit(STATUS_HANG);
+/* From a signal handler: nothing can be trusted any more, but what was printed and recorded so far is
+ * worth the risk. */
+static _Noreturn void leave_at_once(enum status status, const char *message) {
+    fflush_unlocked(stdout);
+    if (events.file)
+        fflush_unlocked(events.file);
+    (void)!write(STDERR_FILENO, message, strlen(message));
+    _exit(status);
 }
 
 /* immediate_exit makes the next KVM_RUN return at once, so that a signal that arrives just before
- * the entry is not lost (KVM API, "immediate_exit"). The run loop looks at stop_signal; a timer that
- * fires again has found the VMM outside that loop. */
+ * the entry is not lost (KVM API, "immediate_exit"). The run loop looks at stop_signal; a second
+ * signal has found the VMM outside that loop. */
 static void on_stop_signal(int number) {
-    if (stop_signal == SIGALRM && number == SIGALRM)
-        vmm_is_stuck();
+    if (stop_signal)
+        leave_at_once(number == SIGALRM ? STATUS_HANG : (enum status)(STATUS_SIGNALLED + number),
+                      "vmm: the VMM itself is stuck: a loop in the host half (host.c), or nobody "
+                      "reads the console\n");
     stop_signal = number;
     machine.run->immediate_exit = 1;
 }
 
 /* A stray pointer in a host half ends here; `make run` turns the address into a line of host.c. */
-static void on_crash(int number, siginfo_t *info, void *context) {
+__attribute__((unused)) static void on_crash(int number, siginfo_t *info, void *context) {
     char message[160];
     const ucontext_t *user = context;
-    int length = snprintf(message, sizeof message,
-                          "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%llx\n",
-                          number, info->si_addr, (long long)user->uc_mcontext.gregs[REG_RIP]);
-    ssize_t ignored = write(STDERR_FILENO, message, (size_t)length);
-    (void)ignored;
-    _exit(STATUS_HOST);
+    snprintf(message, sizeof message,
+             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%llx\n", number,
+             info->si_addr, (long long)user->uc_mcontext.gregs[REG_RIP]);
+    leave_at_once(STATUS_HOST, message);
 }
 
 static void signals_install(void) {
     /* SA_RESTART: a write to the console goes on; KVM_RUN returns all the same. */
     struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
-    struct sigaction crash = {.sa_sigaction = on_crash, .sa_flags = SA_SIGINFO};
     sigaction(SIGALRM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGTERM, &stop, NULL);
     signal(SIGPIPE, SIG_IGN); /* write errors are reported where they happen */
-#ifndef __SANITIZE_ADDRESS__
+#ifndef __SANITIZE_ADDRESS__  /* which reports crashes itself */
+    struct sigaction crash = {.sa_sigaction = on_crash, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    static char stack[16384]; /* an endless recursion has used up the other one */
+    sigaltstack(&(stack_t){.ss_sp = stack, .ss_size = sizeof stack}, NULL);
     sigaction(SIGSEGV, &crash, NULL);
     sigaction(SIGBUS, &crash, NULL);
     sigaction(SIGFPE, &crash, NULL);
-#else
-    (void)crash;
 #endif
-}
-
-/* After the limit, the timer goes on once a second. Rounded up, since 0 stops the timer. */
-static void time_limit_set(double seconds) {
-    int64_t us = (int64_t)(seconds * 1e6 + 0.999999);
-    struct itimerval limit = {.it_interval.tv_sec = 1, .it_value = {us / 1000000, us % 1000000}};
-    setitimer(ITIMER_REAL, &limit, NULL);
-}
-
-static void say_exits(void) {
-    for (unsigned i = 0; i < LENGTH(exit_kinds); i++)
-        if (exit_totals.by_kind[i])
-            say("  %8" PRIu64 " %s", exit_totals.by_kind[i], exit_kinds[i].name);
-}
-
-static void say_pending(void) {
-    const struct kvm_vcpu_events *pending = &machine.run->s.regs.events;
-    bool exception = pending->exception.injected || pending->exception.pending;
-    bool nmi = pending->nmi.injected || pending->nmi.pending;
-    bool interrupt = pending->interrupt.injected;
-    say("  interrupts are %s; waiting to be delivered:%s%s%s%s",
-        machine.run->if_flag ? "on" : "off (RFLAGS.IF = 0)", exception ? " an exception" : "",
-        nmi ? " an NMI" : "", interrupt ? " an interrupt" : "",
-        exception || nmi || interrupt ? "" : " nothing");
 }
 
 /* The guest was interrupted wherever it happened to be: that is the best clue there is. */
 static void stop_end(void) {
-    if (stop_signal != SIGALRM) {
-        say("vmm: ended by signal %d at rip %s", (int)stop_signal,
-            symbol_or_address(vcpu_regs()->rip).text);
-        run_end(STATUS_SIGNALLED + (enum status)stop_signal, "signal");
+    char why[64];
+    if (stop_signal == SIGALRM) {
+        snprintf(why, sizeof why, "it was still running after %g s", options.time_limit);
+        hang_end("time limit", why);
         return;
     }
-    event_begin_at_rip("hang");
-    event_end();
-    say("vmm: the guest hangs: it was still running after %g s, at rip %s", options.time_limit,
+    say("vmm: ended by signal %d at rip %s", (int)stop_signal,
         symbol_or_address(vcpu_regs()->rip).text);
-    say_pending();
-    say("  exits so far:%s", run_totals.exits ? "" : " none");
-    say_exits();
-    say_registers(vcpu_regs());
-    say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
-    run_end(STATUS_HANG, "time limit");
+    run_end((enum status)(STATUS_SIGNALLED + stop_signal), "signal");
 }
 
 /* The one place where something can still be put into the guest before it runs. */
 static void vcpu_prepare_entry(void) {
     /* Again for each step: KVM drops the trap flag with an instruction that it emulates. */
     struct kvm_guest_debug step = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP};
-    if (options.step_after && options.step_after <= run_totals.exits)
-        KVM_PASS(machine.vcpu, KVM_SET_GUEST_DEBUG, &step);
+    if (options.step_after <= run_totals.exits)
+        KVM_STRUCT(machine.vcpu, KVM_SET_GUEST_DEBUG, &step);
     if (half.before_entry)
         half.before_entry();
 }
@@ -1888,12 +1869,9 @@ static void vcpu_enter(void) {
     if (run_totals.exits > 0) {
         exit_totals.last_vmm_ns = entered_ns - left_ns;
         run_totals.vmm_ns += exit_totals.last_vmm_ns;
-        if (exit_totals.last_vmm_ns > exit_totals.slowest_ns) {
-            exit_totals.slowest_ns = exit_totals.last_vmm_ns;
-            exit_totals.slowest_exit = run_totals.exits;
-            exit_totals.slowest_reason = machine.run->exit_reason;
-            exit_totals.slowest_rip = vcpu_regs()->rip;
-        }
+        if (exit_totals.last_vmm_ns > exit_totals.slowest.ns)
+            exit_totals.slowest = (struct slowest_exit){run_totals.exits, exit_totals.last_vmm_ns,
+                                                        machine.run->exit_reason, vcpu_regs()->rip};
     }
     if (ioctl(machine.vcpu, KVM_RUN, NULL) < 0) {
         if (errno != EINTR)
@@ -1908,7 +1886,6 @@ static void vcpu_enter(void) {
 }
 
 static void vm_run(void) {
-    time_limit_set(options.time_limit);
     while (!outcome.ended) {
         vcpu_prepare_entry();
         vcpu_enter();
@@ -1916,17 +1893,16 @@ static void vm_run(void) {
         if (stop_signal && !outcome.ended)
             stop_end();
     }
-    time_limit_set(0);
 }
 
 static void summary_print(void) {
     say("exits: %" PRIu64 ", %.3f ms in the guest, %.3f ms in the VMM", run_totals.exits,
         (double)run_totals.guest_ns / 1e6, (double)run_totals.vmm_ns / 1e6);
     say_exits();
-    if (exit_totals.slowest_exit)
+    if (exit_totals.slowest.number)
         say("slowest: exit %" PRIu64 " (%s at %s) kept the VMM busy for %.3f ms",
-            exit_totals.slowest_exit, exit_kinds[exit_totals.slowest_reason].name,
-            symbol_or_address(exit_totals.slowest_rip).text, (double)exit_totals.slowest_ns / 1e6);
+            exit_totals.slowest.number, exit_name(exit_totals.slowest.reason),
+            symbol_or_address(exit_totals.slowest.rip).text, (double)exit_totals.slowest.ns / 1e6);
 }
 
 /* ---------------------------------------------------------------------------------------------- */
@@ -1937,6 +1913,9 @@ void host_claim_pio(uint16_t first, uint32_t ports, const char *name, access_han
 }
 
 void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_handler handler) {
+    if (first_gpa < memory.size)
+        die(STATUS_HOST, "%s claims gpa 0x%" PRIx64 ", which is memory: no access would exit", name,
+            first_gpa);
     bus_claim(BUS_MMIO, first_gpa, bytes, name, handler);
 }
 
@@ -1950,16 +1929,14 @@ struct walk host_walk(gpa_t root_gpa, gva_t gva) {
 
 struct kvm_translation host_translate(gva_t gva) {
     struct kvm_translation translation = {.linear_address = gva};
-    KVM_PASS(machine.vcpu, KVM_TRANSLATE, &translation);
+    KVM_STRUCT(machine.vcpu, KVM_TRANSLATE, &translation);
     return translation;
 }
 
-void host_todo(const char *file, int line, const char *task) {
-    char location[128];
-    snprintf(location, sizeof location, "%s:%d", file, line);
-    todo_end(location, task);
-    events_close(outcome.status, outcome.how);
-    exit(outcome.status);
+void host_todo(const char *location, const char *task) {
+    say_todo(location, task);
+    events_close(STATUS_FAILED, "todo");
+    exit(STATUS_FAILED);
 }
 
 /* ---------------------------------------------------------------------------------------------- */
@@ -2000,14 +1977,17 @@ int main(int argc, char **argv) {
     record_start();
     signals_install();
     setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+    time_limit_set(options.time_limit);
     if (half.setup)
         half.setup();
     vm_run();
+    time_limit_set(options.time_limit);
     if (half.end)
         half.end();
+    time_limit_set(0);
 
     devices_destroy();
-    if (options.summary && !options.step_after) /* single steps would be counted as exits */
+    if (options.summary && options.step_after == NEVER) /* single steps would be counted as exits */
         summary_print();
     events_close(outcome.status, outcome.how);
     return outcome.status;
