@@ -16,10 +16,10 @@ KVMLAB = PYTHONPATH=tools PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m kvmlab --lesson
 # ---- what users type ----
 
 run: build-lesson ## LESSON=n [SEED=s] [EVENTS=file]  build a lesson, run it once, judge what the machine did
-	@$(KVMLAB) run $(LESSON) $(if $(SEED),--seed=$(SEED)) $(if $(EVENTS),--events=$(EVENTS))
+	@$(KVMLAB) run $(LESSON) $(if $(SEED),--seed='$(SEED)') $(if $(EVENTS),--events='$(EVENTS)')
 
 check: build-lesson ## LESSON=n [SEED=s]  the same checks over several seeds, with points
-	@$(KVMLAB) check $(LESSON) $(if $(SEED),--seed=$(SEED))
+	@$(KVMLAB) check $(LESSON) $(if $(SEED),--seed='$(SEED)')
 
 list: setup-run ## the lessons
 	@$(KVMLAB) list
@@ -28,7 +28,7 @@ hint: setup-run ## LESSON=n  the next hint; each time one more
 	@$(KVMLAB) hint $(LESSON)
 
 handout: setup-run ## DEST=dir  write the student tree: the lessons without their solutions
-	@$(KVMLAB) handout $(DEST)
+	@$(KVMLAB) handout '$(DEST)'
 
 test: setup-test ## everything that must hold before a change lands
 	@$(MAKE) --no-print-directory -s -j2 build-all build-asan

@@ -1737,7 +1737,7 @@ static void exit_hlt(void) {
     }
     if (half.before_entry)
         return;
-    hang_end("halt", "it waits for an interrupt (hlt), and nothing here can send one");
+    hang_end("halt", "hlt with interrupts on, and nothing here can interrupt it");
 }
 
 static void exit_again(void) {}
