@@ -36,6 +36,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <linux/kvm.h>
 #include <linux/serial_reg.h>
 #include <poll.h>
@@ -1793,7 +1794,9 @@ static volatile sig_atomic_t stop_signal;
 /* From a signal handler: nothing can be trusted any more, but what was printed and recorded so far is
  * worth the risk. */
 static _Noreturn void leave_at_once(enum status status, const char *message) {
-    fflush_unlocked(stdout);
+    struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
+    if (poll(&output, 1, 0) == 1) /* a pipe that nobody reads would keep us here */
+        fflush_unlocked(stdout);
     if (events.file)
         fflush_unlocked(events.file);
     (void)!write(STDERR_FILENO, message, strlen(message));
@@ -1976,7 +1979,7 @@ int main(int argc, char **argv) {
         events_open(options.events);
     record_start();
     signals_install();
-    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
+    setvbuf(stdout, NULL, _IOLBF, PIPE_BUF); /* what a pipe that has room takes at once */
     time_limit_set(options.time_limit);
     if (half.setup)
         half.setup();
