@@ -420,7 +420,7 @@ static void image_open(void) {
     if (fd < 0 || fstat(fd, &status) < 0)
         image_die("cannot read the image: %s", strerror(errno));
     if (!S_ISREG(status.st_mode) || status.st_size == 0)
-        image_die("%s", status.st_size == 0 ? "the file is empty" : "not a file");
+        image_die("%s", S_ISREG(status.st_mode) ? "the file is empty" : "not a file");
     image.size = (uint64_t)status.st_size;
     image.bytes = mmap(NULL, image.size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (image.bytes == MAP_FAILED)
@@ -464,7 +464,7 @@ static bool image_elf_header(void) {
         header->e_phnum = narrow.e_phnum;
     }
     if (header->e_machine != (image.is_64 ? EM_X86_64 : EM_386) ||
-        header->e_ident[EI_DATA] != ELFDATA2LSB)
+        header->e_ident[EI_DATA] != ELFDATA2LSB || header->e_ident[EI_CLASS] > ELFCLASS64)
         image_die("an ELF file for another machine: class %u, byte order %u, e_machine %u",
                   header->e_ident[EI_CLASS], header->e_ident[EI_DATA], header->e_machine);
     if (header->e_phnum > SEGMENTS_MAX)
@@ -1389,7 +1389,7 @@ static void triple_fault_end(void) {
         run_end(STATUS_CRASH, "triple fault");
         return;
     }
-    if (options.step_after != NEVER)
+    if (was_reset)
         machine.run->s.regs = last_step;
     struct first_fault fault = first_fault_find();
     event_begin_at_rip("triple_fault");
@@ -1578,14 +1578,23 @@ static struct {
     bool input_at_end;
 } com1 = {.received = -1};
 
+static _Noreturn void console_die(void) {
+    die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
+}
+
 static void console_write(uint8_t byte) {
     if (putchar(byte) == EOF)
-        die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
+        console_die();
+}
+
+static void console_flush(void) {
+    if (fflush(stdout))
+        console_die();
 }
 
 static bool com1_has_input(void) {
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
-    fflush(stdout); /* a guest that looks for input has prompted for it */
+    console_flush(); /* a guest that looks for input has prompted for it */
     if (com1.received < 0 && !com1.input_at_end && poll(&input, 1, 0) == 1) {
         uint8_t byte;
         if (read(STDIN_FILENO, &byte, 1) == 1)
@@ -1679,8 +1688,7 @@ static void devices_create(void) {
 static void devices_destroy(void) {
     if (debugcon_file && fclose(debugcon_file))
         die(STATUS_HOST, "cannot write to %s: %s", options.debugcon, strerror(errno));
-    if (fflush(stdout))
-        die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
+    console_flush();
 }
 
 /* ---------------------------------------------------------------------------------------------- */
