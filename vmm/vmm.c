@@ -1578,23 +1578,14 @@ static struct {
     bool input_at_end;
 } com1 = {.received = -1};
 
-static _Noreturn void console_die(void) {
-    die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
-}
-
-static void console_write(uint8_t byte) {
-    if (putchar(byte) == EOF)
-        console_die();
-}
-
-static void console_flush(void) {
-    if (fflush(stdout))
-        console_die();
+static void console_check(bool has_failed) {
+    if (has_failed)
+        die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
 }
 
 static bool com1_has_input(void) {
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
-    console_flush(); /* a guest that looks for input has prompted for it */
+    console_check(fflush(stdout)); /* a guest that looks for input has prompted for it */
     if (com1.received < 0 && !com1.input_at_end && poll(&input, 1, 0) == 1) {
         uint8_t byte;
         if (read(STDIN_FILENO, &byte, 1) == 1)
@@ -1631,7 +1622,7 @@ static void com1_write(unsigned offset, uint8_t value) {
     if (com1_is_divisor(offset))
         com1.divisor[offset] = value;
     else if (offset == UART_TX)
-        console_write(value);
+        console_check(putchar(value) == EOF);
     else
         com1.registers[offset] = value;
 }
@@ -1688,7 +1679,7 @@ static void devices_create(void) {
 static void devices_destroy(void) {
     if (debugcon_file && fclose(debugcon_file))
         die(STATUS_HOST, "cannot write to %s: %s", options.debugcon, strerror(errno));
-    console_flush();
+    console_check(fflush(stdout));
 }
 
 /* ---------------------------------------------------------------------------------------------- */
