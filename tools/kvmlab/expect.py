@@ -18,7 +18,7 @@ def expect(run: Run, what: str, *, expected: object, seen: object, near: Event |
         fail(run, what, f"expected {_shown(expected)}", f"seen     {_shown(seen)}", near=near)
 
 
-def require(run: Run, what: str, kind: str, **fields: object) -> Event:
+def require(run: Run, what: str, kind: str, /, **fields: object) -> Event:
     """The first event of this kind with these fields; fail if the run has none."""
     __tracebackhide__ = True
     found = run.one(kind, **fields)
@@ -36,7 +36,7 @@ def fail(run: Run, what: str, *lines: str, near: Event | None = None) -> NoRetur
 
 
 def _how_it_ended(run: Run) -> str:
-    end = run.end
+    end = run.one("end")
     how = end.how if end else "the VMM was killed"
     return f"the run ended by: {how} (status {run.status}), after {end.exits if end else '?'} exits"
 

@@ -1,6 +1,7 @@
 """The pytest side of the harness: the fixtures that lessons and tests share."""
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:  # noqa: ANN401 - a type of xdist's, which need not be installed
+def pytest_configure_node(node: Any) -> None:  # a type of xdist's, which need not be installed
     node.workerinput["seeds"] = ",".join(map(str, node.config.stash[SEEDS]))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "lesson seeds: " + ", ".join(map(str, config.stash[SEEDS]))
+    return "lesson seeds: " + ", ".join(str(seed) for seed in config.stash[SEEDS])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -72,6 +73,6 @@ def vmm(build: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def guest(build: Path, vmm: Path):
+def guest(build: Path, vmm: Path) -> Callable[[str], Built]:
     """A guest of tests/guests by its name, with the plain VMM."""
     return lambda name: Built(vmm, build / "tests" / f"{name}.elf")

@@ -26,7 +26,7 @@ class Run:
     seed: int = 0
     events: list[Event] = field(default_factory=list)
 
-    def all(self, kind: str, **fields: object) -> list[Event]:
+    def all(self, kind: str, /, **fields: object) -> list[Event]:
         """The events of this kind whose fields have these values."""
         return [
             event
@@ -34,13 +34,16 @@ class Run:
             if event.kind == kind and all(event.get(name) == value for name, value in fields.items())
         ]
 
-    def one(self, kind: str, **fields: object) -> Event | None:
+    def one(self, kind: str, /, **fields: object) -> Event | None:
         """The first of them, or None."""
         return next(iter(self.all(kind, **fields)), None)
 
     @property
-    def end(self) -> Event | None:
-        return self.one("end")
+    def end(self) -> Event:
+        """How the run ended, which only a VMM that was killed does not say."""
+        found = self.one("end")
+        assert found, f"the record has no end: the VMM was killed (status {self.status})"
+        return found
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,13 @@ def run(
     with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch:
         path = events or Path(scratch) / "events.jsonl"
         command = _command(built, [*options, f"--time-limit={time_limit}"], seed, path)
-        done = subprocess.run(command, input=stdin, capture_output=True, timeout=time_limit + 60, check=False)
+        # A file, not a pipe: all of the input is there before the guest looks for it.
+        typed = Path(scratch) / "input"
+        typed.write_bytes(stdin)
+        with typed.open("rb") as console:
+            done = subprocess.run(
+                command, stdin=console, capture_output=True, timeout=time_limit + 60, check=False
+            )
         recorded = record.read(path) if path.exists() else []
     errors = done.stderr.decode(errors="replace")
     return Run(done.returncode, done.stdout.decode(errors="replace"), errors, seed, recorded)
