@@ -2,7 +2,7 @@
 
 from kvmlab.events import Event
 from kvmlab.expect import expect, fail, require
-from kvmlab.random import stream
+from kvmlab.random import Random, stream
 from kvmlab.runner import Run
 
 REGISTERS = 0x500
@@ -26,7 +26,7 @@ class Plan:
         self.nonce = stream(seed, STREAM_NONCE).next() & 0xFFFFFFFF
 
     @staticmethod
-    def _access(random) -> tuple[int, bytes, int, int]:  # noqa: ANN001
+    def _access(random: Random) -> tuple[int, bytes, int, int]:
         value = random.next() & 0xFFFFFFFF
         shift = random.below(3)
         size = 1 << shift
@@ -36,16 +36,23 @@ class Plan:
 
 
 def register_exits(run: Run) -> list[Event]:
-    return run.all("exit", reason="IO", device="lab registers")
+    """All accesses that the plan has: with fewer there is nothing to judge."""
+    exits = run.all("exit", reason="IO", device="lab registers")
+    require(run, "the state of the lab device at the end", "lab")
+    count = 2 * len(Plan(run.seed).accesses)
+    expect(run, "the number of exits for the registers", expected=str(count), seen=str(len(exits)))
+    return exits
 
 
 def test_nonce_is_read_once_and_before_the_answer(run: Run) -> None:
-    read = require(run, "a 32-bit read of the nonce", "exit", reason="MMIO", gpa=NONCE_GPA, is_write=0, size=4)
+    read = require(run, "a read of the nonce", "exit", reason="MMIO", gpa=NONCE_GPA, is_write=0)
+    expect(run, "the width of that read", expected="4 bytes", seen=f"{read.size} bytes", near=read)
     answer = require(run, "a 32-bit write of the answer", "exit", reason="MMIO", gpa=ANSWER_GPA, is_write=1, size=4)
     reads = run.all("exit", reason="MMIO", gpa=NONCE_GPA, is_write=0)
-    expect(run, "the nonce is read once", expected=1, seen=len(reads), near=read)
+    expect(run, "the number of reads of the nonce", expected="1", seen=str(len(reads)), near=reads[-1])
     if answer.seq < read.seq:
-        fail(run, "the answer was written before the nonce was read", near=answer)
+        expected, seen = f"after event #{read.seq}, the read of the nonce", f"before it, as event #{answer.seq}"
+        fail(run, "when the answer was written", f"expected {expected}", f"seen     {seen}", near=answer)
 
 
 def test_answer_is_made_of_the_nonce_and_cpuid(run: Run) -> None:
@@ -55,6 +62,8 @@ def test_answer_is_made_of_the_nonce_and_cpuid(run: Run) -> None:
     seen = int.from_bytes(bytes.fromhex(answer.data), "little")
     what = f"nonce {nonce:#x} rotated left by 8, xor {SIGNATURE:#x}"
     expect(run, what, expected=expected, seen=seen, near=answer)
+    answers = run.all("exit", reason="MMIO", gpa=ANSWER_GPA, is_write=1)
+    expect(run, "the number of answers", expected="1", seen=str(len(answers)), near=answers[-1])
 
 
 def test_register_writes_reach_their_ports_at_every_width(run: Run) -> None:
@@ -71,9 +80,9 @@ def test_register_writes_reach_their_ports_at_every_width(run: Run) -> None:
 def test_register_reads_see_what_was_written(run: Run) -> None:
     bank = bytearray(REGISTER_COUNT)
     exits = register_exits(run)
-    expected_exits = 2 * len(Plan(run.seed).accesses)
-    if len(exits) != expected_exits:
-        require(run, "all accesses to the registers", "exit", reason="IO", device="lab registers", exit=-1)
+    read = [(event.port - REGISTERS, event.size) for event in exits if not event.is_write]
+    expected = [(source, size) for _, _, source, size in Plan(run.seed).accesses]
+    expect(run, "the reads that left the guest (port - 0x500, bytes)", expected=expected, seen=read)
     for event in exits:
         at = event.port - REGISTERS
         if event.is_write:

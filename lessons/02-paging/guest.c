@@ -185,7 +185,7 @@ static void watch_for_a_loop(uint64_t gva) {
     last_gva = gva;
     if (times == 8)
         PANIC("the same address faults again and again: lazy_fault returned true, but the page is "
-              "not mapped");
+              "not mapped, or still forbids the access");
 }
 
 static bool page_fault(struct trap_frame *frame) {
@@ -263,8 +263,10 @@ static void stage_lazy(void) {
     for (unsigned i = 0; i < LAZY_TOUCHES; i++)
         write_at(plan.lazy_gva + plan.lazy_touch[i] * PAGE_SIZE + i);
     report(REPORT_STRAY, trap_try(read_at, plan.lazy_gva + LAZY_PAGES * PAGE_SIZE, &caught));
-    report(REPORT_STRAY, trap_try(read_at, plan.lazy_gva - 1, &caught));
+    report(REPORT_STRAY, trap_try(read_at, plan.lazy_gva - sizeof(uint64_t), &caught));
     checkpoint(CHECKPOINT_LAZY);
+    report(REPORT_STRAY,
+           trap_try(user_read_at, plan.lazy_gva + plan.lazy_touch[0] * PAGE_SIZE, &caught));
     printf("lazy: %d writes to pages that were not there\n", LAZY_TOUCHES);
 }
 

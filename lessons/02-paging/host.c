@@ -86,6 +86,7 @@ static void probe_at(enum checkpoint checkpoint, uint64_t gva) {
     event_number("mapped", walk.end == WALK_MAPPED);
     event_hex("gpa", walk.gpa);
     event_number("page_size", walk.page_size);
+    event_hex("entry", leaf);
     event_number("writable", (walk.permits & PTE_WRITABLE) != 0);
     event_number("user", (walk.permits & PTE_USER) != 0);
     event_number("executable", !(walk.permits & PTE_NO_EXECUTE));

@@ -33,7 +33,7 @@ enum report {
     REPORT_FAULT_CODE,
     REPORT_FAULT_DECODED,
     REPORT_ATTEMPT,  /* an access of the permissions stage is over: 0 done, 1 faulted */
-    REPORT_STRAY,    /* an access outside the lazy region: 1 if it was caught */
+    REPORT_STRAY,    /* an access that is not lazy_fault's business: 1 if it was caught */
     REPORT_ACCESSED, /* a harvest: pages read or written, then pages written */
     REPORT_DIRTY,
     REPORT_BEFORE_REMAP, /* the first word of a page, before and after */

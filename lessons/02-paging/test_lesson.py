@@ -10,10 +10,23 @@ from kvmlab.runner import Run
 
 PAGE = 4096
 LARGE_PAGE = 512 * PAGE
-LAZY_PAGES, HARVEST_PAGES = 64, 16
+LAZY_PAGES = 64
+POOL_END = 8 << 20  # PAGE_POOL_END of guest.h
 
 # enum checkpoint and enum report of plan.h
-SMALL, LARGE, SPLIT, REPLACED, PROTECTED, LAZY, CLEAN, REMAPPED, SPACE_A, SPACE_B = range(1, 11)
+SMALL, LARGE, SPLIT, REPLACED, PROTECTED, LAZY, CLEAN, REMAPPED, SPACE_A, SPACE_B = CHECKPOINTS = range(1, 11)
+AFTER_WHICH = (
+    "the small pages are mapped and read",
+    "the large page is mapped and read",
+    "the large page is split and read again",
+    "a page of the split one has a frame of its own",
+    "pages have permissions of their own",
+    "lazy pages have been written",
+    "the accessed and dirty bits are harvested twice",
+    "a page has moved to another frame",
+    "the first address space has been used",
+    "the second address space has been used",
+)
 (
     SMALL_WORD,
     LARGE_WORD,
@@ -54,7 +67,8 @@ def reports(run: Run, what: int) -> list[int]:
 
 
 def probes(run: Run, checkpoint: int) -> list[Event]:
-    require(run, "a visit to this checkpoint", "probe", checkpoint=checkpoint)
+    what = f"the guest reaches checkpoint {checkpoint}: {AFTER_WHICH[CHECKPOINTS.index(checkpoint)]}"
+    require(run, what, "probe", checkpoint=checkpoint)
     return run.all("probe", checkpoint=checkpoint)
 
 
@@ -73,10 +87,24 @@ def expect_mapped(run: Run, probe: Event, page_gva: int, page_gpa: int) -> None:
     expect(run, what + ", says KVM_TRANSLATE", expected=expected, seen=seen, near=probe)
 
 
+def expect_permissions(run: Run, probe: Event, what: str, **permissions: int) -> None:
+    """What the whole path of entries permits: writable, user, executable."""
+    __tracebackhide__ = True
+    for name, value in permissions.items():
+        expect(run, f"{what} is {name}", expected=bool(value), seen=bool(probe.fields[name]), near=probe)
+
+
 def expect_unmapped(run: Run, probe: Event) -> None:
     __tracebackhide__ = True
     expect(run, f"gva {probe.gva:#x} is mapped", expected=False, seen=bool(probe.mapped), near=probe)
     expect(run, f"gva {probe.gva:#x} is mapped for KVM", expected=False, seen=bool(probe.kvm_valid), near=probe)
+
+
+def expect_small_pages(run: Run, plan: Event) -> None:
+    """The small pages are there. Where nothing is mapped, what the guest says it saw is worth nothing."""
+    __tracebackhide__ = True
+    for gva, gpa in zip(many(plan, "small_gva"), many(plan, "small_gpa"), strict=True):
+        expect_mapped(run, probes_in(run, SMALL, gva)[0], gva, gpa)
 
 
 def test_small_pages_translate_to_their_frames(run: Run, plan: Event) -> None:
@@ -84,19 +112,19 @@ def test_small_pages_translate_to_their_frames(run: Run, plan: Event) -> None:
         (probe,) = probes_in(run, SMALL, gva)
         expect_mapped(run, probe, gva, gpa)
         expect(run, "the size of the page", expected=PAGE, seen=probe.page_size, near=probe)
+        expect_permissions(run, probe, "the page", writable=1, user=0, executable=1)
 
 
 def test_pages_beside_mapped_ones_stay_unmapped(run: Run, plan: Event) -> None:
     mapped = [gva // PAGE for gva in many(plan, "small_gva")]
-    # Worth nothing where nothing is mapped at all.
-    for gva, gpa in zip(many(plan, "small_gva"), many(plan, "small_gpa"), strict=True):
-        expect_mapped(run, probes_in(run, SMALL, gva)[0], gva, gpa)
+    expect_small_pages(run, plan)
     for probe in probes(run, SMALL):
         if probe.gva // PAGE not in mapped:
             expect_unmapped(run, probe)
 
 
 def test_guest_reads_its_frames_through_the_small_pages(run: Run, plan: Event) -> None:
+    expect_small_pages(run, plan)
     expected = [word(run, gpa) for gpa in many(plan, "small_gpa")]
     expect(run, "the first word of each page", expected=expected, seen=reports(run, SMALL_WORD))
 
@@ -115,8 +143,9 @@ def test_split_keeps_every_translation(run: Run, plan: Event) -> None:
     for probe in probes_in(run, SPLIT, plan.large_gva, LARGE_PAGE):
         expect_mapped(run, probe, plan.large_gva, plan.large_gpa)
         expect(run, "the size of the page", expected=PAGE, seen=probe.page_size, near=probe)
-        expect(run, "the page stays writable", expected=1, seen=probe.writable, near=probe)
-        expect(run, "the page stays the kernel's", expected=0, seen=probe.user, near=probe)
+        expect_permissions(run, probe, "the page", writable=1, user=0, executable=1)
+        what = "bit 7 of its entry, which is PAT at this level and no longer PTE_LARGE"
+        expect(run, what, expected=0, seen=probe.entry >> 7 & 1, near=probe)
     expected = word(run, plan.large_gpa + plan.replaced_page * PAGE)
     expect(run, "a word inside, after the split", expected=expected, seen=next(iter(reports(run, SPLIT_WORD)), None))
 
@@ -126,25 +155,26 @@ def test_split_page_gets_a_frame_of_its_own(run: Run, plan: Event) -> None:
     for probe in probes_in(run, REPLACED, plan.large_gva, LARGE_PAGE):
         if probe.gva // PAGE == replaced_gva // PAGE:
             expect_mapped(run, probe, replaced_gva, plan.replaced_gpa)
+            expect_permissions(run, probe, "the page with a new frame", writable=1, user=0, executable=1)
         else:
             expect_mapped(run, probe, plan.large_gva, plan.large_gpa)
     expected = [word(run, plan.large_gpa + plan.replaced_page * PAGE), word(run, plan.replaced_gpa)]
     expect(run, "a word inside, before and after", expected=expected, seen=reports(run, SPLIT_WORD))
 
 
-def attempts(run: Run) -> list[tuple[bool, list[int], list[int]]]:
-    """For each access of the permissions stage: did it fault, with which error codes, decoded how?"""
+def attempts(run: Run) -> list[str]:
+    """For each access of the permissions stage: did it fault, with which error code?"""
     result = []
     codes: list[int] = []
-    decoded: list[int] = []
     for event in run.all("report"):
         if event.what == FAULT_CODE:
             codes.append(event.value)
-        elif event.what == FAULT_DECODED:
-            decoded.append(event.value)
         elif event.what == ATTEMPT:
-            result.append((bool(event.value), codes, decoded))
-            codes, decoded = [], []
+            faults = ", ".join(f"page fault {code:#x}" for code in codes) or "no page fault"
+            if bool(event.value) != bool(codes):
+                faults += ", but another exception" if event.value else ", but then the access was done"
+            result.append(faults)
+            codes = []
     return result
 
 
@@ -168,18 +198,17 @@ def expect_attempts(run: Run, plan: Event, page: str, numbers: range, **permissi
     __tracebackhide__ = True
     (probe,) = probes_in(run, PROTECTED, plan.fields[page + "_gva"])
     expect_mapped(run, probe, plan.fields[page + "_gva"], plan.fields[page + "_gpa"])
-    for name, value in permissions.items():
-        expect(run, f"the {page} page is {name}", expected=bool(value), seen=bool(probe.fields[name]), near=probe)
+    expect_permissions(run, probe, f"the {page} page", **permissions)
     seen = attempts(run)
     for number in numbers:
         what, code = ATTEMPTS[number]
-        if number >= len(seen):
-            require(run, what, "report", what=ATTEMPT, seq=-1)
-        expect(run, f"{what}: page faults", expected=[] if code is None else [code], seen=seen[number][1])
+        expected = "no page fault" if code is None else f"page fault {code:#x}"
+        outcome = seen[number] if number < len(seen) else "the run ended before this access was over"
+        expect(run, what, expected=expected, seen=outcome)
 
 
 def test_read_only_page_refuses_writes(run: Run, plan: Event) -> None:
-    expect_attempts(run, plan, "read_only", range(0, 2), writable=0, user=0, executable=1)
+    expect_attempts(run, plan, "read_only", range(2), writable=0, user=0, executable=1)
 
 
 def test_no_execute_page_refuses_fetches(run: Run, plan: Event) -> None:
@@ -191,12 +220,15 @@ def test_ring_3_reaches_user_pages_and_no_others(run: Run, plan: Event) -> None:
     expect_attempts(run, plan, "kernel", range(6, 8), writable=1, user=0)
 
 
-def test_page_fault_error_codes_are_decoded(run: Run) -> None:
+def test_page_fault_error_codes_are_decoded(run: Run, plan: Event) -> None:
     """All faults of the run, those of the permissions stage among them."""
+    expect_small_pages(run, plan)
     codes = reports(run, FAULT_CODE)
-    for what, code in ATTEMPTS:
-        if code is not None and code not in codes:
-            fail(run, f"no fault has error code {code:#x}: {what}")
+    for bit, meaning in {PRESENT: "present", WRITE: "write", USER: "user", FETCH: "fetch"}.items():
+        if {code & bit for code in codes} != {0, bit}:
+            seen = ", ".join(hex(code) for code in codes) or "no page fault"
+            what = f"the error codes of all page faults, for the bit {meaning}"
+            fail(run, what, "expected some with and some without", f"seen     {seen}")
     for code, decoded in zip(codes, reports(run, FAULT_DECODED), strict=False):
         expected = code & (PRESENT | WRITE | USER) | (8 if code & FETCH else 0)
         what = f"error code {code:#x} as present 1, write 2, user 4, fetch 8"
@@ -204,9 +236,11 @@ def test_page_fault_error_codes_are_decoded(run: Run) -> None:
 
 
 def lazy_faults(run: Run, plan: Event) -> list[int]:
-    """The pages of the lazy region that faulted, in order, by number."""
+    """The pages of the lazy region that faulted because they were not there, in order, by number."""
     end = plan.lazy_gva + LAZY_PAGES * PAGE
-    return [(gva - plan.lazy_gva) // PAGE for gva in reports(run, FAULT_ADDRESS) if plan.lazy_gva <= gva < end]
+    faults = zip(reports(run, FAULT_ADDRESS), reports(run, FAULT_CODE), strict=False)
+    missing = [gva for gva, code in faults if not code & PRESENT]
+    return [(gva - plan.lazy_gva) // PAGE for gva in missing if plan.lazy_gva <= gva < end]
 
 
 def test_lazy_pages_appear_on_their_first_touch(run: Run, plan: Event) -> None:
@@ -218,32 +252,31 @@ def test_lazy_pages_appear_on_their_first_touch(run: Run, plan: Event) -> None:
             expect_unmapped(run, probe)
         else:
             expect(run, f"lazy page {page} is mapped", expected=True, seen=bool(probe.mapped), near=probe)
-            expect(run, f"lazy page {page} is writable", expected=True, seen=bool(probe.writable), near=probe)
+            expect_permissions(run, probe, f"lazy page {page}", writable=1, user=0)
+            what = f"the frame of lazy page {page} comes from page_alloc()"
+            expect(run, what, expected=True, seen=probe.gpa < POOL_END, near=probe)
     frames = [probe.gpa // PAGE for probe in probes(run, LAZY) if probe.mapped]
-    expect(run, "each lazy page has a frame of its own", expected=len(frames), seen=len(set(frames)))
+    what = "the number of different frames behind the lazy pages"
+    expect(run, what, expected=str(len(frames)), seen=str(len(set(frames))))
 
 
 def test_faults_outside_the_lazy_region_are_not_swallowed(run: Run, plan: Event) -> None:
-    expect(run, "reads behind and before the region that stayed faults", expected=[1, 1], seen=reports(run, STRAY))
-    outside = [plan.lazy_gva + LAZY_PAGES * PAGE, plan.lazy_gva - 1]
+    expect_small_pages(run, plan)
+    caught = ["faulted" if report else "was served" for report in reports(run, STRAY)]
+    what = "a read behind the region, a read before it, a read by ring 3 of a page in it"
+    expect(run, what, expected=["faulted", "faulted", "faulted"], seen=caught)
+    outside = [plan.lazy_gva + LAZY_PAGES * PAGE, plan.lazy_gva - 8]
     faulted = [gva for gva in reports(run, FAULT_ADDRESS) if gva in outside]
     expect(run, "the addresses that faulted outside the region", expected=outside, seen=faulted)
 
 
-def harvest_expected(plan: Event, number: int) -> tuple[int, int]:
-    reads, writes = many(plan, "read_set")[number], many(plan, "write_set")[number]
-    return reads | writes, writes
-
-
 def expect_harvest(run: Run, plan: Event, number: int) -> None:
     __tracebackhide__ = True
-    accessed, dirty = reports(run, ACCESSED), reports(run, DIRTY)
-    if len(dirty) <= number:
-        require(run, f"harvest {number + 1}", "report", what=DIRTY, seq=-1)
-    expected = harvest_expected(plan, number)
-    what = f"harvest {number + 1}: pages accessed (bit i: page i)"
-    expect(run, what, expected=expected[0], seen=accessed[number])
-    expect(run, f"harvest {number + 1}: pages dirty", expected=expected[1], seen=dirty[number])
+    expect_small_pages(run, plan)
+    reads, writes = many(plan, "read_set")[number], many(plan, "write_set")[number]
+    seen = [*reports(run, ACCESSED)[number : number + 1], *reports(run, DIRTY)[number : number + 1]]
+    what = f"harvest {number + 1}: pages accessed, pages dirty (bit i: page i)"
+    expect(run, what, expected=[reads | writes, writes], seen=seen)
 
 
 def test_harvest_finds_what_was_read_and_written(run: Run, plan: Event) -> None:
@@ -261,6 +294,7 @@ def test_remapped_page_shows_its_new_frame(run: Run, plan: Event) -> None:
     frames = many(plan, "remap_gpa")
     (probe,) = probes(run, REMAPPED)
     expect_mapped(run, probe, plan.remap_gva, frames[1])
+    expect_permissions(run, probe, "the page with a new frame", writable=1, user=0, executable=1)
     expected = [word(run, frame) for frame in frames]
     seen = reports(run, BEFORE_REMAP) + reports(run, AFTER_REMAP)
     expect(run, "the first word of the page, before and after", expected=expected, seen=seen)

@@ -4,17 +4,25 @@ import argparse
 import secrets
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from kvmlab import lesson as lessons
 from kvmlab.lesson import Lesson, UsageError
+from kvmlab.markers import MarkerError
 
 CHECK_SEEDS = 3
+
+
+def _lesson(arguments: argparse.Namespace) -> Lesson:
+    if not arguments.lesson:
+        raise UsageError("which lesson? say LESSON=n, as in: make hint LESSON=1")
+    return lessons.find(arguments.lessons, arguments.lesson)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from kvmlab import judge, runner
 
-    lesson = lessons.find(arguments.lessons, arguments.lesson)
+    lesson = _lesson(arguments)
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
     built = runner.lesson_built(arguments.build, lesson.name)
     events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
@@ -33,12 +41,15 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from kvmlab import judge
 
-    lesson = lessons.find(arguments.lessons, arguments.lesson)
+    lesson = _lesson(arguments)
     seeds = [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)] if arguments.seed is None else [arguments.seed]
     print(f"lesson {lesson.number}: {lesson.title} (seeds {', '.join(map(str, seeds))})", flush=True)
     verdicts = judge.judge(lesson, arguments.build, seeds)
     print(judge.report(lesson, verdicts))
-    return 0 if all(verdict.passed for verdict in verdicts) else 1
+    failed = next((verdict for verdict in verdicts if not verdict.passed), None)
+    if failed:
+        print(f"to see that run: make run LESSON={lesson.number} SEED={failed.seed}")
+    return 1 if failed else 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -49,7 +60,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _hint(arguments: argparse.Namespace) -> int:
     """The next tier each time; where the student is stands in the build folder."""
-    lesson: Lesson = lessons.find(arguments.lessons, arguments.lesson)
+    lesson = _lesson(arguments)
     place = arguments.build / "lessons" / lesson.name / "hints-given"
     given = int(place.read_text()) if place.exists() else 0
     tiers = max(len(hint.tiers) for hint in lesson.hints)
@@ -65,27 +76,39 @@ def _hint(arguments: argparse.Namespace) -> int:
 def _handout(arguments: argparse.Namespace) -> int:
     from kvmlab import handout
 
-    handout.write(Path.cwd(), arguments.destination)
+    if not arguments.destination:
+        raise UsageError("where to? say DEST=dir, as in: make handout DEST=../mine")
+    handout.write(Path.cwd(), Path(arguments.destination))
     print(f"the student tree is in {arguments.destination}")
     return 0
 
 
 def _seed(text: str) -> int:
-    seed = int(text, 0)
+    try:
+        seed = int(text, 0)
+    except ValueError:
+        seed = -1
     if not 0 <= seed < 1 << 64:
-        raise ValueError
+        raise UsageError(f"SEED={text}: expected a number from 0 to {(1 << 64) - 1}")
     return seed
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; make help lists the commands")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvmlab", description=__doc__)
+    parser = _Parser(prog="kvmlab", description=__doc__)
     parser.add_argument("--lessons", type=Path, default=Path("lessons"))
     parser.add_argument("--build", type=Path, default=Path("build"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function in {"run": _run, "check": _check, "hint": _hint}.items():
         command = commands.add_parser(name)
         command.set_defaults(function=function)
-        command.add_argument("lesson")
+        command.add_argument("lesson", nargs="?", help="1, 01 or 01-vm-exit")
         if name != "hint":
             command.add_argument("--seed", type=_seed)
         if name == "run":
@@ -93,15 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list").set_defaults(function=_list)
     command = commands.add_parser("handout")
     command.set_defaults(function=_handout)
-    command.add_argument("destination", type=Path)
+    command.add_argument("destination", nargs="?")
     return parser
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
     try:
-        return arguments.function(arguments)
-    except UsageError as error:
+        arguments = _parser().parse_args()
+        status: int = arguments.function(arguments)
+        return status
+    except (UsageError, MarkerError) as error:
         print(f"kvmlab: {error}", file=sys.stderr)
         return 2
 

@@ -1,4 +1,4 @@
-"""The student tree: everything a student needs, solutions replaced by stubs."""
+"""The student tree: the project as it is, with stubs where the solutions were."""
 
 import shutil
 import subprocess
@@ -7,32 +7,48 @@ from pathlib import Path
 from kvmlab import markers
 from kvmlab.lesson import UsageError
 
-# What reveals a solution, or is of no use to a student.
-_LEFT_OUT = {"tests/mutants"}
+# The proof that the lessons hold what they promise: it consists of solutions, right and wrong ones.
+_LEFT_OUT = {
+    "tests/mutants",
+    "tests/test_commands.py",
+    "tests/test_handout.py",
+    "tests/test_lessons.py",
+    "tests/variants.py",
+}
+# Where there is no git to say what belongs to the project: what `make` and the tools leave behind.
+_PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
 
 
 def write(source: Path, destination: Path) -> None:
     """Write the student tree of the project at source to destination, which must not exist yet."""
-    if destination.exists() and any(destination.iterdir()):
-        raise UsageError(f"{destination} is not empty: name a folder that does not exist yet")
-    for path in _files(source):
-        if any(path == left_out or path.startswith(left_out + "/") for left_out in _LEFT_OUT):
-            continue
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise UsageError(f"{destination} is not an empty folder: name one that does not exist yet")
+    files = [path for path in _files(source) if not any(f"{path}/".startswith(f"{left}/") for left in _LEFT_OUT)]
+    # All of them before the first is written: a marker that is wrong must not let a solution out.
+    stripped = _stripped(source, files)
+    for path in files:
         copy = destination / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, copy)
-        if copy.suffix == ".c" and path.startswith("lessons/"):
-            strip(copy)
+        if path in stripped:
+            copy.write_text(stripped[path])
 
 
-def strip(path: Path) -> None:
-    """Replace the solutions in this file by their stubs."""
-    text = path.read_text()
-    if markers.is_marked(text):
-        path.write_text(markers.student_version(text, str(path)))
+def _stripped(source: Path, files: list[str]) -> dict[str, str]:
+    """The student's version of each file that may hold a solution. A student tree is one already."""
+    sources = [path for path in files if path.startswith("lessons/") and path.endswith((".c", ".h"))]
+    texts = {path: (source / path).read_text() for path in sources}
+    if not any(markers.has_stub(text) for text in texts.values()):
+        return {}
+    return {path: markers.student_version(text, path) for path, text in texts.items()}
 
 
 def _files(source: Path) -> list[str]:
-    """What git tracks, so that no product of a build slips in."""
-    listed = subprocess.run(["git", "-C", str(source), "ls-files", "-z"], capture_output=True, text=True, check=True)
-    return [path for path in listed.stdout.split("\0") if path and (source / path).exists()]
+    """What git tracks, so that nothing of a build slips in; without git, all but known products."""
+    if not (source / ".git").exists():
+        paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
+        return [str(path) for path in paths if _PRODUCTS.isdisjoint(path.parts)]
+    listed = subprocess.run(["git", "-C", str(source), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise UsageError(f"git cannot list the project's files: {listed.stderr.strip()}")
+    return [path for path in listed.stdout.split("\0") if path and (source / path).is_file()]

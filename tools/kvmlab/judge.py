@@ -42,6 +42,7 @@ class _Collector:
         if call.excinfo is None and call.when != "call":
             return
         seed = item.callspec.params["run"]
+        assert isinstance(seed, int)
         error = call.excinfo.value if call.excinfo else None
         if error is None:
             message = ""
@@ -49,8 +50,16 @@ class _Collector:
             message = str(error)
         else:
             message = f"the check itself failed: {call.excinfo.exconly() if call.excinfo else ''}"
+        if error and not self.recorded:
+            message += _said_by_vmm(item.funcargs.get("run"))
         check = (item.originalname or item.name).removeprefix("test_")
         self.verdicts.append(Verdict(check, seed, error is None, message))
+
+
+def _said_by_vmm(run: object) -> str:
+    """Why a run that nobody watched ended early, without the registers and walks that explain it."""
+    lines = run.errors.splitlines() if isinstance(run, Run) and run.status else []
+    return "".join("\n" + line for line in lines if line.startswith("vmm: "))
 
 
 def judge(lesson: Lesson, build: Path, seeds: Iterable[int], recorded: Run | None = None) -> list[Verdict]:

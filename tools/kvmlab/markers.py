@@ -20,28 +20,29 @@ class MarkerError(Exception):
     """The markers of a file do not pair up."""
 
 
-def is_marked(text: str) -> bool:
-    return BEGIN in text
+def has_stub(text: str) -> bool:
+    """Is there a stub that waits to take a solution's place? The student's own tree has none."""
+    return any(line.strip() == STUB for line in text.splitlines())
 
 
 def student_version(text: str, name: str = "file") -> str:
     """The text with each solution replaced by its stub."""
     lines: list[str] = []
-    part = "given"
+    part, since = "given", 0
     for number, line in enumerate(text.splitlines(), start=1):
         marker = line.strip()
         if marker == BEGIN and part == "given":
-            part = "solution"
+            part, since = "solution", number
             lines.append(line)
         elif marker == STUB and part == "solution":
             part = "stub"
         elif marker == END and part == "stub":
             part = "given"
             lines.append(line.replace(END, STUDENT_END))
-        elif marker in (BEGIN, STUB, END, STUDENT_END):
-            raise MarkerError(f"{name}:{number}: {marker} does not belong here")
+        elif marker == STUB or "BEGIN SOLUTION" in line or "END SOLUTION" in line:
+            raise MarkerError(f"{name}:{number}: {marker} does not belong here, in the {part} part")
         elif part != "solution":
             lines.append(line)
     if part != "given":
-        raise MarkerError(f"{name}: the last {part} has no end")
+        raise MarkerError(f"{name}:{since}: this solution has no end: expected {STUB}, then {END}")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,229 @@
+"""`make run`, `check`, `list` and `hint`, as a user types them."""
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from variants import ENVIRONMENT, NAMES, Shown, Variant, command
+
+from kvmlab import lesson
+from kvmlab.plugin import ROOT
+
+pytest_plugins = ["variants"]
+
+StartVariant = Callable[[str], Variant]
+
+NUMBERS = [int(name.split("-")[0]) for name in NAMES]
+
+
+def said(shown: Shown) -> list[str]:
+    """What was said about an error, but for make's own last word."""
+    return [line for line in shown.errors.splitlines() if not re.match(r"make(\[\d+\])?: \*\*\* ", line)]
+
+
+# ---- make run ----
+
+
+def test_make_run_shows_title_console_exits_and_verdict_in_this_order(variant: StartVariant) -> None:
+    ours = variant("01-vm-exit")
+    call = ["make", f"LESSONS={ours.lessons}", f"BUILD={ours.build}", "run", "LESSON=1", "SEED=5"]
+    done = subprocess.run(
+        call, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    lines = [
+        r"lesson 1: What a VM exit is \(SEED=5\)",
+        r"lesson 1: what a VM exit is",
+        r"halt: nothing left to do",
+        r"exits: \d+, [\d.]+ ms in the guest, [\d.]+ ms in the VMM",
+        r" +\d+ IO",
+        r"slowest: exit \d+ .*",
+        r"  pass  1/1  nonce is read once and before the answer",
+        r"  pass  1/1  halt is the last exit",
+        r"lesson 1: 12 of 12 points",
+    ]
+    seen = done.stdout.splitlines()
+    places = [next((i for i, line in enumerate(seen) if re.fullmatch(wanted, line)), None) for wanted in lines]
+    assert None not in places, f"some of these lines are missing, at {places}:\n{done.stdout}"
+    assert places == sorted(places, key=lambda place: place or 0), done.stdout
+    assert (places[0], places[-1]) == (0, len(seen) - 1), done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_is_found_by_number_and_by_name(variant: StartVariant, name: str) -> None:
+    ours = variant(name)
+    number = name.split("-")[0]
+    for called in (number, number.lstrip("0"), name):
+        shown = ours.make("run", f"LESSON={called}")
+        assert (shown.status, shown.failed) == (0, []), str(shown)
+
+
+def test_each_run_has_another_seed_unless_one_is_given(variant: StartVariant) -> None:
+    ours = variant("01-vm-exit")
+    first, second = (ours.make("run", "LESSON=1").output.splitlines()[0] for _ in range(2))
+    assert first != second
+    given = ours.make("run", "LESSON=1", "SEED=0x10")
+    assert given.output.startswith("lesson 1: What a VM exit is (SEED=16)\n")
+
+
+@pytest.mark.parametrize("name", ["run", "check"])
+def test_without_a_lesson_one_line_says_what_to_type(name: str) -> None:
+    shown = command("make", name)
+    assert shown.status != 0
+    assert said(shown) == [f"which lesson? say LESSON=n, as in: make {name} LESSON=1"]
+
+
+@pytest.mark.parametrize("name", ["run", "check", "hint"])
+@pytest.mark.parametrize("called", ["99", "0", "paging"])
+def test_a_lesson_that_does_not_exist_is_named_in_one_line(name: str, called: str) -> None:
+    shown = command("make", name, f"LESSON={called}")
+    assert shown.status != 0
+    (line,) = said(shown)
+    assert line.endswith(f"there is no lesson {called}: make list shows those there are")
+
+
+@pytest.mark.parametrize("seed", ["bad", "-1", "1.5", "0x10000000000000000"])
+def test_a_seed_that_is_none_is_named_in_one_line(variant: StartVariant, seed: str) -> None:
+    shown = variant("01-vm-exit").make("run", "LESSON=1", f"SEED={seed}")
+    assert shown.status != 0
+    assert said(shown) == [f"kvmlab: SEED={seed}: expected a number from 0 to {(1 << 64) - 1}"]
+
+
+def test_the_greatest_seed_works(variant: StartVariant) -> None:
+    shown = variant("01-vm-exit").make("run", "LESSON=1", f"SEED={(1 << 64) - 1}")
+    assert (shown.status, shown.points) == (0, 12), str(shown)
+
+
+@pytest.mark.parametrize("file", ["events.jsonl", "my events.jsonl"])
+def test_the_events_go_to_the_file_that_is_named(variant: StartVariant, tmp_path: Path, file: str) -> None:
+    path = tmp_path / file
+    shown = variant("01-vm-exit").make("run", "LESSON=1", "SEED=7", f"EVENTS={path}")
+    assert shown.status == 0, str(shown)
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert (kinds[0], kinds[-1]) == ("start", "end")
+    assert kinds.count("exit") > 100
+
+
+def test_events_that_cannot_be_written_are_explained_in_one_line(variant: StartVariant, tmp_path: Path) -> None:
+    shown = variant("01-vm-exit").kvmlab("run", "1", f"--events={tmp_path / 'no' / 'such' / 'folder'}")
+    assert shown.status == 5
+    assert said(shown) == [f"vmm: cannot write the events to {tmp_path}/no/such/folder: No such file or directory"]
+
+
+def test_the_exit_status_of_a_solution_is_0(variant: StartVariant) -> None:
+    ours = variant("01-vm-exit")
+    assert ours.make("run", "LESSON=1").status == 0
+    assert ours.run().status == 0
+
+
+WRONG = {"nonce-echoed": 1, "nonce-beyond-the-device": 3, "halt-with-interrupts-on": 4, "null-device": 5}
+
+
+@pytest.mark.parametrize(("mutant", "status"), WRONG.items(), ids=WRONG)
+def test_the_exit_status_tells_what_went_wrong(variant: StartVariant, mutant: str, status: int) -> None:
+    wrong = variant("01-vm-exit")
+    wrong.patch(mutant)
+    shown = wrong.make("run", "LESSON=1")
+    assert shown.status == 2, "make's own status for any failure"
+    assert re.search(rf"\[.*\] Error {status}$", shown.errors.rstrip()), str(shown)
+    assert wrong.run().status == status
+
+
+# ---- once it is built ----
+
+
+def test_a_second_run_builds_nothing(variant: StartVariant, tmp_path: Path) -> None:
+    ours = variant("02-paging")
+    for tool in ("gcc", "cc", "as", "ld", "nasm"):
+        path = tmp_path / "bin" / tool
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho {tool} was called >&2\nexit 1\n")
+        path.chmod(0o755)
+    without_tools = f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}"
+    assert ours.make("run", "LESSON=2").status == 0
+    shown = ours.make("run", "LESSON=2", path=without_tools)
+    assert (shown.status, shown.failed) == (0, []), str(shown)
+    (ours.folder / "guest.c").touch()
+    assert "gcc was called" in ours.make("run", "LESSON=2", path=without_tools).errors
+
+
+def test_a_second_run_takes_no_time_to_speak_of(variant: StartVariant) -> None:
+    """Under a second on a machine that does nothing else, which a test machine is not."""
+    ours = variant("02-paging")
+    started = time.monotonic()
+    assert ours.make("run", "LESSON=2").status == 0
+    seconds = time.monotonic() - started
+    print(f"make run LESSON=2: {seconds:.2f} s")
+    assert seconds < 5
+
+
+# ---- make check ----
+
+
+def test_make_check_judges_several_seeds(variant: StartVariant) -> None:
+    shown = variant("01-vm-exit").make("check", "LESSON=1")
+    assert (shown.status, shown.failed, shown.points) == (0, [], 12), str(shown)
+    seeds = re.search(r"\(seeds (\d+), (\d+), (\d+)\)", shown.output)
+    assert seeds, str(shown)
+    assert len(set(seeds.groups())) == 3
+
+
+def test_make_check_names_the_run_to_look_at(variant: StartVariant) -> None:
+    wrong = variant("02-paging")
+    wrong.patch("lazy-end-off-by-one")
+    shown = wrong.make("check", "LESSON=2", "SEED=7")
+    assert shown.failed == ["faults_outside_the_lazy_region_are_not_swallowed"], str(shown)
+    assert shown.output.splitlines()[-1] == "to see that run: make run LESSON=2 SEED=7"
+
+
+def test_make_check_says_why_a_run_ended_early(variant: StartVariant) -> None:
+    wrong = variant("02-paging")
+    wrong.patch("tables-always-new")
+    shown = wrong.make("check", "LESSON=2", "SEED=7")
+    assert shown.points == 0
+    assert "             vmm: the guest crashed: unhandled exception #PF (page fault)" in shown.output, str(shown)
+
+
+# ---- make list, make hint ----
+
+
+def test_make_list_shows_every_lesson_with_its_points() -> None:
+    lines = command("make", "list").output.splitlines()
+    lessons = lesson.load_all(ROOT / "lessons")
+    assert len(lines) == len(lessons) == len(NAMES)
+    for line, this in zip(lines, lessons, strict=True):
+        assert line == f"{this.number:3}  {this.title}  ({sum(this.points.values())} points, lessons/{this.name})"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_each_hint_says_more_until_all_is_said(tmp_path: Path, number: int) -> None:
+    """Nothing need be built for it, and nothing be known of earlier hints."""
+    this = next(this for this in lesson.load_all(ROOT / "lessons") if this.number == number)
+    for tier in (1, 2, 3, 3):
+        shown = command("make", "hint", f"LESSON={number}", f"BUILD={tmp_path}/build")
+        lines = [f"lesson {number}, hint {tier} of 3"]
+        for hint in this.hints:
+            lines += [f"  {hint.task}:", f"    {hint.tiers[tier - 1]}"]
+        assert (shown.status, shown.output.splitlines(), shown.errors) == (0, lines, "")
+
+
+def test_a_hint_without_a_lesson_says_what_to_type_in_one_line() -> None:
+    shown = command("make", "hint")
+    assert shown.status != 0
+    assert said(shown) == ["kvmlab: which lesson? say LESSON=n, as in: make hint LESSON=1"]
+
+
+# ---- the tool behind make ----
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["run", "1", "--loud"], ["run", "1", "2"]], ids=" ".join)
+def test_nonsense_gets_one_line_and_status_2(variant: StartVariant, arguments: list[str]) -> None:
+    shown = variant("01-vm-exit").kvmlab(*arguments)
+    assert (shown.status, shown.output) == (2, "")
+    (line,) = said(shown)
+    assert line.startswith("kvmlab: ")
+    assert line.endswith("; make help lists the commands")

@@ -1,0 +1,177 @@
+"""Variants of a lesson: a copy in a folder of its own, changed, built and judged as a student's is.
+
+Tests import this and name it as their plugin, for its fixtures (so: PYTEST_DONT_REWRITE).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvmlab.plugin import ROOT
+
+NAMES = sorted(path.parent.name for path in ROOT.glob("lessons/*/lesson.toml"))
+
+# What a user's shell has: without what the `make` that runs the tests hands on to its children, and
+# without what would hide that a line is flushed too late.
+_NOT_THE_USERS = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONUNBUFFERED"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _NOT_THE_USERS}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command has shown, and how it ended."""
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def verdicts(self) -> dict[str, bool]:
+        """The checks in the order shown: does each hold?"""
+        lines = re.findall(r"^  (pass|FAIL)  \d+/\d+  (.+)$", self.output, re.MULTILINE)
+        return {title.replace(" ", "_"): outcome == "pass" for outcome, title in lines}
+
+    @property
+    def failed(self) -> list[str]:
+        return [check for check, holds in self.verdicts.items() if not holds]
+
+    @property
+    def points(self) -> int:
+        found = re.search(r"^lesson \d+: (\d+) of \d+ points$", self.output, re.MULTILINE)
+        assert found, f"no points in:\n{self}"
+        return int(found[1])
+
+    def __str__(self) -> str:
+        return f"{self.output}{self.errors}(status {self.status})"
+
+
+def command(*arguments: str | Path, folder: Path = ROOT, **environment: str) -> Shown:
+    """Run a command to its end, as a user does in this folder."""
+    done = subprocess.run(
+        arguments,
+        cwd=folder,
+        env=ENVIRONMENT | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Shown(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A copy of one lesson and of what was built for it."""
+
+    home: Path
+    name: str
+
+    @property
+    def lessons(self) -> Path:
+        return self.home / "lessons"
+
+    @property
+    def folder(self) -> Path:
+        return self.lessons / self.name
+
+    @property
+    def build(self) -> Path:
+        return self.home / "build"
+
+    def patch(self, name: str) -> None:
+        """Put one of the wrong solutions of tests/mutants in the solution's place."""
+        patch = ROOT / "tests" / "mutants" / self.name / f"{name}.patch"
+        # The folder may lie in a repository: git must not look for the files there.
+        shown = command("git", "apply", patch, folder=self.home, GIT_CEILING_DIRECTORIES=str(self.home.parent))
+        assert shown.status == 0, f"the solution has changed, and {patch} does not fit any more:\n{shown}"
+
+    def make(self, *arguments: str, path: str = ENVIRONMENT["PATH"]) -> Shown:
+        return command("make", f"LESSONS={self.lessons}", f"BUILD={self.build}", *arguments, PATH=path)
+
+    def make_all(self) -> None:
+        """Build it, and expect the compiler to be silent."""
+        shown = self.make("-s", "build-lesson", f"LESSON={self.name}")
+        assert (shown.status, shown.output, shown.errors) == (0, "", ""), f"the variant does not build:\n{shown}"
+
+    def kvmlab(self, *arguments: str) -> Shown:
+        """What is behind `make run` and `make check`: its status is not hidden by make's."""
+        call = [sys.executable, "-m", "kvmlab", f"--lessons={self.lessons}", f"--build={self.build}"]
+        return command(*call, *arguments, PYTHONPATH="tools", PYTHONDONTWRITEBYTECODE="1")
+
+    def run(self, seed: int = 1) -> Shown:
+        return self.kvmlab("run", self.name, f"--seed={seed}")
+
+
+@pytest.fixture(scope="session")
+def solutions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All lessons as they are, built: lessons/ and build/ in one folder."""
+    home = tmp_path_factory.mktemp("solutions")
+    shutil.copytree(ROOT / "lessons", home / "lessons", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in NAMES:
+        Variant(home, name).make_all()
+    return home
+
+
+@pytest.fixture
+def variant(solutions: Path, tmp_path: Path) -> Iterator[Callable[[str], Variant]]:
+    """A variant of the lesson of this name, as yet unchanged. With the times of its files, so that
+    `make` builds again only what has been changed."""
+    home = tmp_path / "variant"
+
+    def start(name: str) -> Variant:
+        shutil.copytree(solutions / "lessons" / name, home / "lessons" / name)
+        shutil.copytree(solutions / "build", home / "build")
+        return Variant(home, name)
+
+    yield start
+    shutil.rmtree(home / "build", ignore_errors=True)
+
+
+# ---- the places where students write ----
+
+_REGION = re.compile(
+    r"^ */\* BEGIN SOLUTION \*/\n(?P<solution>.*?)^ */\* STUB\n(?P<stub>.*?)^ *END SOLUTION \*/\n",
+    re.MULTILINE | re.DOTALL,
+)
+_FUNCTION = re.compile(r"^static [^;=]*?(\w+)\(", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Region:
+    """One solution and its stub."""
+
+    lesson: str
+    file: str
+    function: str
+    solution: str
+    stub: str
+
+    def __str__(self) -> str:
+        return f"{self.lesson}/{self.function}"
+
+
+def regions(name: str) -> list[Region]:
+    """The regions of a lesson, in the order of its files."""
+    found = []
+    for path in sorted((ROOT / "lessons" / name).glob("*.c")):
+        text = path.read_text()
+        for match in _REGION.finditer(text):
+            function = _FUNCTION.findall(text[: match.start()])[-1]
+            found.append(Region(name, path.name, function, match["solution"], match["stub"]))
+    return found
+
+
+def write_stubs(variant: Variant, stubs: list[Region]) -> None:
+    """Put stubs in these places, and solutions without markers in all others."""
+    wanted = {region.stub for region in stubs}
+    for path in variant.folder.glob("*.c"):
+        text = _REGION.sub(lambda match: match["stub" if match["stub"] in wanted else "solution"], path.read_text())
+        path.write_text(text)
