@@ -26,4 +26,4 @@
 #define LAB_CHALLENGE_ANSWER (LAB_CHALLENGE + 4)
 
 /* Streams of random.h that the seed is turned into. */
-enum { STREAM_NONCE = 1, STREAM_FIFO = 2, STREAM_GUEST = 3 };
+enum { STREAM_NONCE = 1, STREAM_FIFO = 2, STREAM_GUEST = 3, STREAM_BATCH = 4 };

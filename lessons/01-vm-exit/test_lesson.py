@@ -98,6 +98,9 @@ def test_string_writes_append_every_element_in_order(run: Run) -> None:
     seen = bytes.fromhex(end.pushed)[: 3 * plan.count]
     what = "what the FIFO took in: the same bytes sent as bytes, as words, as double words"
     expect(run, what, expected=plan.sent * 3, seen=seen)
+    batch = require(run, "a write of 3 words in one access", "batch")
+    what = "what the FIFO took in of 3 words in one access (size=2 count=3)"
+    expect(run, what, expected=bytes.fromhex(batch.sent), seen=bytes.fromhex(batch.pushed), near=batch)
 
 
 def test_string_reads_take_every_element_in_order(run: Run) -> None:

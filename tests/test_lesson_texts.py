@@ -1,0 +1,92 @@
+"""The lessons' texts quote a run with SEED=7: what they say is what such a run gives."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvmlab import runner
+from kvmlab.plugin import ROOT
+from kvmlab.runner import Run
+
+SEED = 7
+
+
+def text(name: str) -> str:
+    """A lesson's text with its line breaks folded, so that a quote may stand across two lines."""
+    return " ".join((ROOT / "lessons" / name / "README.md").read_text().split())
+
+
+def finished(build: Path, name: str) -> Run:
+    run = runner.run(runner.lesson_built(build, name), seed=SEED)
+    assert run.status == 0, run.errors
+    return run
+
+
+def count(run: Run, **fields: object) -> int:
+    return len(run.all("exit", **fields))
+
+
+def vm_exit_quotes(run: Run) -> list[str]:
+    first = run.output.splitlines(keepends=True)[0]
+    nonce, answer = (run.all("exit", reason="MMIO", is_write=is_write)[0] for is_write in (0, 1))
+    batch = run.all("batch")[0]
+    sent = bytes.fromhex(batch.sent).hex(" ")
+    return [
+        f"one line of {len(first)} characters",
+        f"{len(first)} exits. Twice the guest asked the serial port",
+        f"exits: {nonce.exit}, ",  # the student's run ends where the nonce would be read: at the panic port
+        f'"exit":{nonce.exit}, "reason":"MMIO","gpa":"0xd0000000","is_write":0,"data":"{nonce.data}"',
+        f'"exit":{answer.exit}, "reason":"MMIO","gpa":"0xd0000004","is_write":1,"data":"{answer.data}"',
+        f'"exit":{run.end.exits},"reason":"HLT","if_flag":0',
+        f"There are still {run.end.exits} exits",
+        f"The nonce is the number {int.from_bytes(bytes.fromhex(nonce.data), 'little'):#x}",
+        f"has {count(run, reason='IO')} exits of kind IO",
+        f"counts {count(run, device='lab fifo')} of them",
+        f"expected {sent}",
+        f"seen {sent[: len('00 00')]} ```",
+    ]
+
+
+def paging_quotes(run: Run) -> list[str]:
+    faults = len(run.all("report", what=4))
+    small = run.all("probe", checkpoint=1)[0]
+    shared = [run.one("probe", checkpoint=checkpoint) for checkpoint in (9, 10)]
+    console = run.output.splitlines()
+    return [
+        f"`{console[-1]}`",
+        f"`{console[2]}`",
+        f"`{console[3]}`",
+        f"`{console[4]}`",
+        *(f'"gva":"{probe.gva:#x}", ... "gpa":"{probe.gpa:#x}"' for probe in shared if probe),
+        f"gva {small.gva:#x} ",
+        f"gpa {small.gpa:#x} ",
+        f'"gva":"{small.gva:#x}","kvm_gpa":"{small.gpa:#x}","accessed":1,"dirty":0',
+        f"counts {faults} page faults",
+        f"has taken {faults} page faults",
+        f"`{run.end.exits} IO` and no other kind: {count(run, device='com1')} for the console, "
+        f"{count(run, device='lab report')} for reports, {count(run, device='lab checkpoint')} checkpoints",
+    ]
+
+
+QUOTES = {"01-vm-exit": vm_exit_quotes, "02-paging": paging_quotes}
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_a_text_quotes_what_a_run_gives(name: str, build: Path) -> None:
+    said = text(name)
+    wrong = [quote for quote in QUOTES[name](finished(build, name)) if " ".join(quote.split()) not in said]
+    assert wrong == [], f"lessons/{name}/README.md does not say this of SEED={SEED}"
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_a_text_names_files_and_functions_that_exist(name: str) -> None:
+    """Names in backquotes that look like a file of the project or a call of its code."""
+    sources = "".join(
+        path.read_text() for folder in ("vmm", "guest", "include", f"lessons/{name}") for path in (ROOT / folder).iterdir()
+    )
+    quoted = set(re.findall(r"`([^`\n]+)`", (ROOT / "lessons" / name / "README.md").read_text()))
+    files = {word for word in quoted if re.fullmatch(r"(vmm|guest|include)/[\w.]+", word)}
+    assert [word for word in sorted(files) if not (ROOT / word).exists()] == []
+    ours = {word for word in quoted if re.fullmatch(r"(?!handle_|kvm_|io_|pio_|em_|vmx_|init_)[a-z]+_\w+(\(\))?", word)}
+    assert [word for word in sorted(ours) if word.removesuffix("()") not in sources] == []
