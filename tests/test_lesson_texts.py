@@ -82,10 +82,10 @@ def test_a_text_quotes_what_a_run_gives(name: str, build: Path) -> None:
 @pytest.mark.parametrize("name", QUOTES)
 def test_a_text_names_files_and_functions_that_exist(name: str) -> None:
     """Names in backquotes that look like a file of the project or a call of its code."""
-    sources = "".join(
-        path.read_text() for folder in ("vmm", "guest", "include", f"lessons/{name}") for path in (ROOT / folder).iterdir()
-    )
-    quoted = set(re.findall(r"`([^`\n]+)`", (ROOT / "lessons" / name / "README.md").read_text()))
+    folders = [ROOT / folder for folder in ("vmm", "guest", "include", f"lessons/{name}")]
+    sources = "".join(path.read_text() for folder in folders for path in folder.glob("*.[ch]"))
+    prose = re.sub(r"```.*?```", "", (ROOT / "lessons" / name / "README.md").read_text(), flags=re.DOTALL)
+    quoted = set(re.findall(r"`([^`]+)`", prose))
     files = {word for word in quoted if re.fullmatch(r"(vmm|guest|include)/[\w.]+", word)}
     assert [word for word in sorted(files) if not (ROOT / word).exists()] == []
     ours = {word for word in quoted if re.fullmatch(r"(?!handle_|kvm_|io_|pio_|em_|vmx_|init_)[a-z]+_\w+(\(\))?", word)}
