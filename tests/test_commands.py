@@ -188,6 +188,29 @@ def test_make_check_says_why_a_run_ended_early(variant: StartVariant) -> None:
     assert "             vmm: the guest crashed: unhandled exception #PF (page fault)" in shown.output, str(shown)
 
 
+@pytest.mark.parametrize("command_name", ["run", "check"])
+def test_a_host_that_refuses_is_no_failed_check(variant: StartVariant, command_name: str) -> None:
+    """Nothing ran, so nothing is graded: the VMM's own line and its status, and no points."""
+    refused = variant("01-vm-exit")
+    vmm = refused.build / "lessons" / "01-vm-exit" / "vmm"
+    vmm.write_text("#!/bin/sh\necho 'vmm: cannot open /dev/kvm: Permission denied' >&2\nexit 5\n")
+    shown = refused.kvmlab(command_name, "1", "--seed=7")
+    assert shown.status == 5, str(shown)
+    assert shown.errors.splitlines() == ["vmm: cannot open /dev/kvm: Permission denied"]
+    assert "points" not in shown.output
+
+
+def test_a_check_without_points_is_an_error(variant: StartVariant) -> None:
+    """Else it would be judged and never shown; points for a check that is not there would be given away."""
+    wrong = variant("01-vm-exit")
+    toml = wrong.folder / "lesson.toml"
+    toml.write_text(toml.read_text().replace("halt_is_the_last_exit = 1", "no_such_check = 1"))
+    shown = wrong.kvmlab("check", "1", "--seed=7")
+    assert shown.status == 1
+    assert "do not name the same checks" in shown.errors
+    assert "points" not in shown.output
+
+
 # ---- make list, make hint ----
 
 

@@ -1174,8 +1174,7 @@ static void say_exception(const char *what, uint64_t vector, uint64_t error_code
 static void panic_exception(const struct panic *panic) {
     struct trap_frame frame;
     if (!guest_read(panic->frame_gva, &frame, sizeof frame)) {
-        say("vmm: the guest crashed: its panic names a trap frame at gva 0x%" PRIx64
-            " that is not mapped",
+        say("vmm: the guest crashed: its panic names a trap frame at unmapped gva 0x%" PRIx64,
             panic->frame_gva);
         return;
     }
@@ -1814,13 +1813,18 @@ static void on_stop_signal(int number) {
     machine.run->immediate_exit = 1;
 }
 
+extern char etext[]; /* the end of our own code: see end(3) */
+
 /* A stray pointer in a host half ends here; `make run` turns the address into a line of host.c. */
 __attribute__((unused)) static void on_crash(int number, siginfo_t *info, void *context) {
     char message[160];
-    const ucontext_t *user = context;
+    const greg_t *registers = ((const ucontext_t *)context)->uc_mcontext.gregs;
+    uintptr_t pc = (uintptr_t)registers[REG_RIP];
+    if (pc > (uintptr_t)etext) /* in a function of the C library, such as memcpy: who called it? */
+        pc = *(const uintptr_t *)registers[REG_RSP];
     snprintf(message, sizeof message,
-             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%llx\n", number,
-             info->si_addr, (long long)user->uc_mcontext.gregs[REG_RIP]);
+             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%zx\n", number,
+             info->si_addr, pc);
     leave_at_once(STATUS_HOST, message);
 }
 

@@ -44,7 +44,11 @@ def _check(arguments: argparse.Namespace) -> int:
     lesson = _lesson(arguments)
     seeds = [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)] if arguments.seed is None else [arguments.seed]
     print(f"lesson {lesson.number}: {lesson.title} (seeds {', '.join(map(str, seeds))})", flush=True)
-    verdicts = judge.judge(lesson, arguments.build, seeds)
+    try:
+        verdicts = judge.judge(lesson, arguments.build, seeds)
+    except judge.HostError as error:
+        print(error, file=sys.stderr)
+        return 5
     print(judge.report(lesson, verdicts))
     failed = next((verdict for verdict in verdicts if not verdict.passed), None)
     if failed:

@@ -45,7 +45,7 @@ def _shown(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int):
-        return hex(value)
+        return hex(value) if value > 9 else str(value)
     if isinstance(value, bytes):
         return value.hex(" ") or "nothing"
     if isinstance(value, (list, tuple, set)):

@@ -12,6 +12,10 @@ from kvmlab.lesson import Lesson
 from kvmlab.runner import Run
 
 
+class HostError(Exception):
+    """There is no run to judge: the VMM could not start, and said why."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One check applied to the run of one seed."""
@@ -29,6 +33,7 @@ class _Collector:
         self.recorded = recorded
         self.verdicts: list[Verdict] = []
         self.errors: list[str] = []
+        self.not_run = ""
 
     def pytest_configure(self, config: pytest.Config) -> None:
         if self.recorded:
@@ -41,6 +46,9 @@ class _Collector:
     def pytest_runtest_makereport(self, item: pytest.Function, call: pytest.CallInfo[None]) -> None:
         if call.excinfo is None and call.when != "call":
             return
+        run = item.funcargs.get("run")
+        if isinstance(run, Run) and not run.events:
+            self.not_run = run.errors.strip()
         seed = item.callspec.params["run"]
         assert isinstance(seed, int)
         error = call.excinfo.value if call.excinfo else None
@@ -72,6 +80,10 @@ def judge(lesson: Lesson, build: Path, seeds: Iterable[int], recorded: Run | Non
     pytest.main([str(lesson.tests), *options, "--seeds=" + ",".join(map(str, seeds))], plugins=[collector])
     if collector.errors or not collector.verdicts:
         raise RuntimeError(f"{lesson.tests} cannot be used:\n" + "\n".join(collector.errors))
+    if collector.not_run:
+        raise HostError(collector.not_run)
+    if differing := lesson.points.keys() ^ {verdict.check for verdict in collector.verdicts}:
+        raise RuntimeError(f"lesson.toml and {lesson.tests.name} do not name the same checks: {differing}")
     return collector.verdicts
 
 
