@@ -450,10 +450,11 @@ static bool image_read_item(uint64_t base, uint64_t index, void *to, uint64_t si
 /* Read the ELF header, if there is one; that of an ELF32 file is widened. */
 static bool image_elf_header(void) {
     Elf64_Ehdr *header = &image.elf;
+    const unsigned char *ident = header->e_ident;
     Elf32_Ehdr narrow;
-    if (!image_read(0, header->e_ident, EI_NIDENT) || memcmp(header->e_ident, ELFMAG, SELFMAG) != 0)
+    if (!image_read(0, header->e_ident, EI_NIDENT) || memcmp(ident, ELFMAG, SELFMAG) != 0)
         return false;
-    image.is_64 = header->e_ident[EI_CLASS] == ELFCLASS64;
+    image.is_64 = ident[EI_CLASS] == ELFCLASS64;
     if (!(image.is_64 ? image_read(0, header, sizeof *header)
                       : image_read(0, &narrow, sizeof narrow)))
         image_die("the ELF header is truncated");
@@ -463,28 +464,25 @@ static bool image_elf_header(void) {
         header->e_phoff = narrow.e_phoff;
         header->e_phnum = narrow.e_phnum;
     }
-    if (header->e_machine != (image.is_64 ? EM_X86_64 : EM_386) ||
-        header->e_ident[EI_DATA] != ELFDATA2LSB || header->e_ident[EI_CLASS] > ELFCLASS64)
+    if (ident[EI_DATA] != ELFDATA2LSB || (!image.is_64 && ident[EI_CLASS] != ELFCLASS32) ||
+        header->e_machine != (image.is_64 ? EM_X86_64 : EM_386))
         image_die("an ELF file for another machine: class %u, byte order %u, e_machine %u",
-                  header->e_ident[EI_CLASS], header->e_ident[EI_DATA], header->e_machine);
+                  ident[EI_CLASS], ident[EI_DATA], header->e_machine);
     if (header->e_phnum > SEGMENTS_MAX)
         image_die("%u program headers are absurd: at most %u", header->e_phnum, SEGMENTS_MAX);
     return true;
 }
 
 static Elf64_Phdr image_program_header(unsigned index) {
+    uint64_t table = image.elf.e_phoff;
     Elf64_Phdr wide;
-    bool complete;
-    if (image.is_64) {
-        complete = image_read_item(image.elf.e_phoff, index, &wide, sizeof wide);
-    } else {
-        Elf32_Phdr narrow = {0};
-        complete = image_read_item(image.elf.e_phoff, index, &narrow, sizeof narrow);
+    Elf32_Phdr narrow;
+    if (!(image.is_64 ? image_read_item(table, index, &wide, sizeof wide)
+                      : image_read_item(table, index, &narrow, sizeof narrow)))
+        image_die("the program headers are truncated");
+    if (!image.is_64)
         wide = (Elf64_Phdr){narrow.p_type,  narrow.p_flags,  narrow.p_offset, narrow.p_vaddr,
                             narrow.p_paddr, narrow.p_filesz, narrow.p_memsz,  narrow.p_align};
-    }
-    if (!complete)
-        image_die("the program headers are truncated");
     return wide;
 }
 
@@ -1740,7 +1738,6 @@ static void exit_hlt(void) {
 }
 
 static void exit_again(void) {}
-static void exit_debug(void) { last_step = machine.run->s.regs; }
 
 static void exit_fail_entry(void) {
     die(STATUS_HOST, "the CPU refused the VM entry: hardware reason 0x%llx, rip 0x%llx",
@@ -1753,7 +1750,7 @@ static const struct exit_kind {
     void (*handle)(void);
 } exit_kinds[] = {
     [KVM_EXIT_IO] = {"IO", exit_io},
-    [KVM_EXIT_DEBUG] = {"DEBUG", exit_debug},
+    [KVM_EXIT_DEBUG] = {"DEBUG", exit_again},
     [KVM_EXIT_HLT] = {"HLT", exit_hlt},
     [KVM_EXIT_MMIO] = {"MMIO", exit_mmio},
     [KVM_EXIT_SHUTDOWN] = {"SHUTDOWN", triple_fault_end},
@@ -1823,7 +1820,7 @@ __attribute__((unused)) static void on_crash(int number, siginfo_t *info, void *
     if (pc > (uintptr_t)etext) /* in a function of the C library, such as memcpy: who called it? */
         pc = *(const uintptr_t *)registers[REG_RSP];
     snprintf(message, sizeof message,
-             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%zx\n", number,
+             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%" PRIxPTR "\n", number,
              info->si_addr, pc);
     leave_at_once(STATUS_HOST, message);
 }
@@ -1862,8 +1859,10 @@ static void stop_end(void) {
 static void vcpu_prepare_entry(void) {
     /* Again for each step: KVM drops the trap flag with an instruction that it emulates. */
     struct kvm_guest_debug step = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP};
-    if (options.step_after <= run_totals.exits)
+    if (options.step_after <= run_totals.exits) {
         KVM_STRUCT(machine.vcpu, KVM_SET_GUEST_DEBUG, &step);
+        last_step = machine.run->s.regs;
+    }
     if (half.before_entry)
         half.before_entry();
 }

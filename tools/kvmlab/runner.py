@@ -77,9 +77,7 @@ def run(
         typed = Path(scratch) / "input"
         typed.write_bytes(stdin)
         with typed.open("rb") as console:
-            done = subprocess.run(
-                command, stdin=console, capture_output=True, timeout=time_limit + 60, check=False
-            )
+            done = subprocess.run(command, stdin=console, capture_output=True, timeout=time_limit + 60, check=False)
         recorded = record.read(path) if path.exists() else []
     errors = done.stderr.decode(errors="replace")
     return Run(done.returncode, done.stdout.decode(errors="replace"), errors, seed, recorded)
