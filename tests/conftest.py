@@ -1,0 +1,48 @@
+"""What the tests of the VMM share: its two builds, and a way to call it with any command line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The modules here that are not tests: images.py and support.py.
+sys.path.insert(0, str(Path(__file__).parent))
+
+# A status of its own for what the sanitizers find, which no test expects.
+SANITIZER_STATUS = 99
+os.environ["ASAN_OPTIONS"] = f"exitcode={SANITIZER_STATUS}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a minute; starts first, beside all others")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", params=["plain", "asan"])
+def vmm(request: pytest.FixtureRequest, build: Path) -> Path:
+    """The VMM without a host half: as users have it, and under AddressSanitizer and UBSan."""
+    path = build / "vmm" / "vmm" if request.param == "plain" else build / "asan" / "vmm" / "vmm"
+    assert path.exists(), f"{path} is not built: make build-all build-asan"
+    return path
+
+
+@pytest.fixture
+def call(vmm: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """Call the VMM with these arguments: no events, bytes in and out, a short time limit."""
+
+    def function(*arguments: str | bytes | Path, **keywords: Any) -> subprocess.CompletedProcess[bytes]:
+        given: dict[str, Any] = {"input": b"", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 60}
+        done: subprocess.CompletedProcess[bytes] = subprocess.run(
+            [vmm, "--time-limit=20", *arguments], check=False, **(given | keywords)
+        )
+        return done
+
+    return function

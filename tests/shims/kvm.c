@@ -1,0 +1,65 @@
+/*
+ * Another host's KVM, by LD_PRELOAD: this library stands between the VMM and the ioctls of the real
+ * one, and changes what KVM_SHIM says.
+ *
+ *   reset         a triple fault leaves the registers of a reset, as KVM on AMD does
+ *   fail_entry    the CPU refuses the first entry
+ *   unknown_exit  the first exit has a reason that nobody knows
+ *   run_fails     KVM_RUN fails
+ *   no_sync_regs  the capability KVM_CAP_SYNC_REGS is missing
+ */
+#include <dlfcn.h>
+#include <errno.h>
+#include <linux/kvm.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+static struct kvm_run *shared;
+
+void *mmap(void *address, size_t size, int protection, int flags, int fd, off_t offset) {
+    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, "mmap");
+    void *hva = real(address, size, protection, flags, fd, offset);
+    if (fd >= 0 && (flags & MAP_SHARED)) /* the vCPU's; images are private */
+        shared = hva;
+    return hva;
+}
+
+static bool shim_is(const char *what) {
+    const char *shim = getenv("KVM_SHIM");
+    return shim && !strcmp(shim, what);
+}
+
+static void after_run(void) {
+    if (shim_is("reset") && shared->exit_reason == KVM_EXIT_SHUTDOWN) {
+        shared->s.regs.regs = (struct kvm_regs){.rip = 0xfff0, .rflags = 2};
+        shared->s.regs.sregs = (struct kvm_sregs){.cr0 = 0x60000010};
+    } else if (shim_is("fail_entry")) {
+        shared->exit_reason = KVM_EXIT_FAIL_ENTRY;
+        shared->fail_entry.hardware_entry_failure_reason = 0x80000021;
+    } else if (shim_is("unknown_exit")) {
+        shared->exit_reason = 12345;
+    }
+}
+
+int ioctl(int fd, unsigned long request, ...) {
+    int (*real)(int, unsigned long, ...) = dlsym(RTLD_NEXT, "ioctl");
+    va_list arguments;
+    va_start(arguments, request);
+    void *argument = va_arg(arguments, void *);
+    va_end(arguments);
+    if (request == KVM_CHECK_EXTENSION && (long)argument == KVM_CAP_SYNC_REGS &&
+        shim_is("no_sync_regs"))
+        return 0;
+    if (request == KVM_RUN && shim_is("run_fails")) {
+        errno = EFAULT;
+        return -1;
+    }
+    int result = real(fd, request, argument);
+    if (request == KVM_RUN && result == 0)
+        after_run();
+    return result;
+}

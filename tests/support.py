@@ -1,0 +1,56 @@
+"""What several tests of the VMM need."""
+
+import contextlib
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from kvmlab.runner import Built
+
+# What the fixtures of these names give.
+Call = Callable[..., subprocess.CompletedProcess[bytes]]
+Guest = Callable[[str], Built]
+
+# For a test that the sanitizers would change or make too slow: it says which.
+only_plain = pytest.mark.parametrize("vmm", ["plain"], indirect=True)
+
+TOO_LONG = 60.0
+
+
+def one_line(errors: bytes | str, *phrases: str) -> None:
+    """What went wrong stands in one line, which contains these phrases."""
+    text = errors.decode() if isinstance(errors, bytes) else errors
+    text = re.sub(r"^profiling:.*\n", "", text, flags=re.MULTILINE)  # the coverage build's own complaints
+    assert re.fullmatch(r".*\n", text), f"expected one line, seen:\n{text}"
+    for phrase in phrases:
+        assert phrase in text, f"expected {phrase!r} in: {text}"
+
+
+class Process(subprocess.Popen[bytes]):
+    """A process that a test talks to, all three streams piped."""
+
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+    stderr: IO[bytes]
+
+    def __init__(self, *command: str | Path, pipesize: int = -1) -> None:
+        pipe = subprocess.PIPE
+        super().__init__(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, pipesize=pipesize)
+
+
+@contextlib.contextmanager
+def started(*command: str | Path, limit: float = TOO_LONG, pipesize: int = -1) -> Iterator[Process]:
+    """Start a process; it is killed when the test is done with it, or when it takes too long."""
+    with Process(*command, pipesize=pipesize) as process:
+        watchdog = threading.Timer(limit, process.kill)
+        watchdog.start()
+        try:
+            yield process
+        finally:
+            watchdog.cancel()
+            process.kill()
