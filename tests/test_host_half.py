@@ -1,0 +1,212 @@
+"""The API of host halves (include/host.h), used well and badly."""
+
+import fcntl
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import one_line, only_plain
+
+from kvmlab import runner
+from kvmlab.plugin import ROOT
+from kvmlab.runner import Built, Run
+
+Host = Callable[[str], Path]
+
+HOSTS = ROOT / "tests" / "hosts"
+API = HOSTS / "api"
+
+
+def make(build: Path, target: str) -> Path:
+    """Build a part of tests/hosts, which is laid out like lessons, with the flags of the rest of this build."""
+    flags = ["SANITIZE=1"] if build.name == "asan" else []
+    if (build / "vmm" / "vmm.gcno").exists():
+        flags.append("COVERAGE=1")
+    built = build / "lessons" / target
+    with (build / "lock").open("w") as lock:  # workers of xdist share the build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["make", "-s", *flags, f"BUILD={build}", f"LESSONS={HOSTS}", built], cwd=ROOT, check=True)
+    return built
+
+
+@pytest.fixture(scope="session")
+def host(vmm: Path) -> Host:
+    """The VMM with the host half of this name."""
+    return lambda name: make(vmm.parent.parent, f"{name}/vmm")
+
+
+@pytest.fixture(scope="session")
+def api(host: Host, build: Path) -> Built:
+    """Both halves of tests/hosts/api."""
+    return Built(host("api"), make(build, "api/image.elf"))
+
+
+def command(name: str) -> int:
+    """The number of a command in lab.h."""
+    names = re.findall(r"COMMAND_(\w+),", (API / "lab.h").read_text())
+    return names.index(name)
+
+
+def run(api: Built, name: str, *words: str, time_limit: float = 20, seed: int = 0) -> Run:
+    append = " ".join([f"command={command(name)}", *words])
+    return runner.run(api, [f"--append={append}"], time_limit=time_limit, seed=seed)
+
+
+def line_of(comment: str) -> int:
+    lines = (API / "host.c").read_text().splitlines()
+    (number,) = [number for number, line in enumerate(lines, 1) if comment in line]
+    return number
+
+
+# ---- claims ----
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ranges_that_touch_or_lie_in_different_spaces_are_claimed(seed: int, host: Host, build: Path) -> None:
+    run = runner.run(Built(host("claims"), build / "tests" / "hello.elf"), seed=seed)
+    assert (run.status, run.errors) == (0, "")
+
+
+BAD_CLAIMS = {
+    2: "com1 and mine both claim port 0x3ff",
+    3: "exit and mine both claim port 0xf0",
+    4: "both claim port 0x0",
+    5: "mine and mine both claim gpa 0xd0000fff",
+    6: "0x0 ports from 0x500",
+    7: "0x2 ports from 0xffff",
+    8: "0x9 gpas from 0xfffffffffffffff8",
+    9: "mine claims gpa 0xffffff, which is memory",
+    10: "0x0 gpas from 0xfee00000",
+    12: "mine claims one range too many",
+}
+
+
+@pytest.mark.parametrize("seed", BAD_CLAIMS)
+def test_a_bad_claim_gets_one_line_and_status_5(seed: int, host: Host, build: Path) -> None:
+    run = runner.run(Built(host("claims"), build / "tests" / "hello.elf"), seed=seed)
+    assert (run.status, run.output) == (5, "")
+    one_line(run.errors, BAD_CLAIMS[seed])
+
+
+# ---- what a host half sees ----
+
+
+def test_host_memory_gives_what_lies_in_memory_and_nothing_else(api: Built) -> None:
+    seen = {(event.at, event.get("bytes")): event.given for event in run(api, "MEMORY").all("memory")}
+    end, most = 16 << 20, (1 << 64) - 1
+    inside = [(0, 0), (0, end), (end - 1, 1), (end, 0)]
+    outside = [(end, 1), (end - 1, 2), (0, end + 1), (1, most), (most, 1), (most, most), (most - end + 1, 2 * end)]
+    assert seen == dict.fromkeys(inside, 1) | dict.fromkeys(outside, 0)
+
+
+def test_walk_and_translation_agree(api: Built) -> None:
+    recorded = run(api, "WALK", seed=5)
+    (registers,) = recorded.all("registers")
+    (access,) = recorded.all("exit", device="command")
+    assert (registers.rip, registers.seed) == (access.rip, 5)
+    mapped, empty, not_canonical = recorded.all("walk")
+    # The boot mapping is gva = gpa, in 2 MiB pages: three entries.
+    assert (mapped.mapped, mapped.steps, mapped.gpa, mapped.page_size) == (1, 3, registers.rip, 2 << 20)
+    assert (mapped.kvm_valid, mapped.kvm_gpa) == (1, registers.rip)
+    assert (empty.mapped, empty.steps, empty.kvm_valid) == (0, 1, 0)
+    assert (not_canonical.mapped, not_canonical.steps) == (0, 0)
+
+
+def test_events_of_the_host_half_are_escaped(api: Built) -> None:
+    (event,) = run(api, "STRINGS").all("strings")
+    assert event.odd == '"\\\n\x01\x7f\xff/'
+    assert (event.empty, event.get("bytes"), event.no_bytes) == ("", "000fff", "")
+    assert (event.most, event.hex) == ((1 << 64) - 1, (1 << 64) - 1)
+
+
+def memory_writes(recorded: Run) -> object:
+    (end,) = recorded.all("host_end")
+    return end.memory_writes
+
+
+def test_memory_event_serves_an_access_and_the_run_goes_on(api: Built) -> None:
+    recorded = run(api, "NOTHING", "memory=3")
+    assert (recorded.status, recorded.output) == (0, "memory 12345678\n" * 3 + "done\n")
+    assert recorded.all("unknown") == []
+    data = [event.data for event in recorded.all("exit", reason="MMIO")]
+    assert data == ["00000000", "78563412", "01000000", "78563412", "02000000", "78563412"]
+    assert memory_writes(recorded) == 3
+
+
+def test_memory_event_may_refuse_an_access(api: Built) -> None:
+    recorded = run(api, "NOTHING", "memory=1", "behind=1")
+    assert recorded.status == 3
+    assert "4-byte write to gpa 0xd0001000, where there is no device" in recorded.errors
+    assert memory_writes(recorded) == 1
+
+
+@pytest.mark.parametrize("words", [(), ("hang=1",)])
+def test_end_is_called_once_and_before_entry_before_each_entry(words: tuple[str, ...], api: Built) -> None:
+    recorded = run(api, "NOTHING", *words, time_limit=0.3)
+    assert (recorded.status, recorded.end.how) == ((4, "time limit") if words else (0, "exit"))
+    (event,) = recorded.all("host_end")
+    assert event.entries == recorded.end.exits
+    assert event.seq == recorded.end.seq - 1
+
+
+def test_with_before_entry_a_halt_is_left_to_the_host_half(api: Built) -> None:
+    """It may have put an interrupt into the guest; so the VMM just enters again."""
+    recorded = run(api, "NOTHING", "halt=1")
+    assert (recorded.status, recorded.output) == (0, "done\n")
+    assert [event.if_flag for event in recorded.all("exit", reason="HLT")] == [1]
+
+
+# ---- a host half with bugs ----
+
+CRASHES = {
+    "NULL_POINTER": (11, "/* the crash */"),
+    "DIVIDE": (8, "/* the division */"),
+    "RECURSE": (11, "volatile uint64_t here[64]"),
+}
+
+
+@only_plain  # the sanitizers report it themselves
+@pytest.mark.parametrize("name", CRASHES)
+def test_a_crash_of_the_host_half_names_the_line(name: str, api: Built) -> None:
+    signal, line = CRASHES[name]
+    recorded = run(api, name)
+    assert recorded.status == 5
+    one_line(recorded.errors, f"the VMM itself crashed: signal {signal}, address ")
+    place = runner.crash_location(api, recorded.errors)
+    assert place.endswith(f"host.c:{line_of(line)}\n"), place
+
+
+@only_plain  # the sanitizers report it themselves
+def test_a_crash_of_the_host_half_keeps_the_record_up_to_it(api: Built) -> None:
+    recorded = run(api, "NULL_POINTER", "memory=2")
+    assert recorded.output == "memory 12345678\n" * 2
+    assert recorded.events[-1].get("device") == "command"
+    assert recorded.all("end") == []
+
+
+@pytest.mark.parametrize("name", ["LOOP", "LOOP_IN_END"])
+def test_a_host_half_that_loops_is_found_by_the_time_limit(name: str, api: Built) -> None:
+    recorded = run(api, name, time_limit=0.2)
+    assert recorded.status == 4
+    one_line(recorded.errors, "stuck", "host.c")
+
+
+def test_a_host_half_that_loops_in_its_setup_is_found_by_the_time_limit(host: Host, build: Path) -> None:
+    recorded = runner.run(Built(host("claims"), build / "tests" / "hello.elf"), seed=11, time_limit=0.2)
+    assert recorded.status == 4
+    one_line(recorded.errors, "stuck", "host.c")
+
+
+def test_a_todo_of_the_host_half_says_what_to_write_and_where(api: Built) -> None:
+    recorded = run(api, "TODO")
+    assert (recorded.status, recorded.end.status, recorded.end.how) == (1, 1, "todo")
+    line = line_of('HOST_TODO("serve the command")')
+    text = rf"^vmm: \S*host\.c:{line}: not written yet: serve the command$"
+    assert re.search(text, recorded.errors, re.MULTILINE), recorded.errors
+
+
+def test_an_event_that_a_todo_leaves_open_is_closed(api: Built) -> None:
+    unfinished, end = run(api, "TODO").events[-2:]
+    assert (unfinished.kind, unfinished.before, end.kind) == ("unfinished", 1, "end")
