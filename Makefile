@@ -37,7 +37,7 @@ test: setup-test ## everything that must hold before a change lands
 cover: setup-cover ## line coverage of the VMM and of the guest runtime, as HTML in build/cover
 	@tools/cover
 
-lint: setup-lint ## formatting, static analysis and types of all sources
+lint: setup-lint ## [FIX=1]  formatting, static analysis and types of all sources
 	@tools/lint
 
 setup: ## install every package that any of these commands needs
