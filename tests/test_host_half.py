@@ -64,7 +64,7 @@ def line_of(comment: str) -> int:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_ranges_that_touch_or_lie_in_different_spaces_are_claimed(seed: int, host: Host, build: Path) -> None:
+def test_ranges_that_only_touch_others_or_memory_are_claimed(seed: int, host: Host, build: Path) -> None:
     run = runner.run(Built(host("claims"), build / "tests" / "hello.elf"), seed=seed)
     assert (run.status, run.errors) == (0, "")
 

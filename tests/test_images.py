@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import struct
 import tempfile
@@ -179,8 +180,12 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         "entry point 0x100100000 lies outside",
     ),
     "machine note of another version": (lambda: pvh(note_data=entry_note() + machine_note(version=2)), "version"),
-    "machine note of another size": (
+    "shorter machine note": (
         lambda: pvh(note_data=entry_note() + note(b"kvmlab", 1, struct.pack("<4I", 1, 16, 0, 1))),
+        "version",
+    ),
+    "longer machine note": (
+        lambda: pvh(note_data=entry_note() + note(b"kvmlab", 1, struct.pack("<6I", 1, 16, 0, 1, 0, 0))),
         "version",
     ),
     "machine without memory": (lambda: pvh(note_data=entry_note() + machine_note(memory_mib=0)), "does not have"),
@@ -328,8 +333,8 @@ def test_a_damaged_symbol_table_is_as_good_as_none(name: str, call: Call, guest:
     image.write_bytes(DAMAGE[name](Sections(guest("crash").image.read_bytes())))
     done = call("--append=case=undefined_instruction", image)
     assert done.returncode == 3
-    assert b"#UD (invalid opcode), error code 0x0 at rip 0x1" in done.stderr
-    assert b"undefined_instruction+" not in done.stderr
+    first = done.stderr.decode().partition("\n")[0]
+    assert re.search(r"#UD \(invalid opcode\), error code 0x0 at rip 0x1\w+$", first), "no name behind the address"
 
 
 # ---- whatever else a file may contain ----

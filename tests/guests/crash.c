@@ -8,6 +8,7 @@ MACHINE(.memory_mib = 16, .irqchip = MACHINE_IRQCHIP_NONE, .devices = MACHINE_DE
 #define UNMAPPED_GVA ((UINT64_C(5) << 39) + 0x81234)
 /* What the cases map: PML4[6]. */
 #define MAPPED_GVA ((UINT64_C(6) << 39) + 0x5000)
+#define TOP_GVA UINT64_C(0xffffff8000081000)
 #define NOT_CANONICAL_GVA (UINT64_C(1) << 62)
 #define OUTSIDE_MEMORY_GPA UINT64_C(0x7fff0000)
 
@@ -109,7 +110,10 @@ static void not_written(void) { TODO("write the \"other\" half"); }
 static void panic_unprintable(void) { PANIC("\"quoted\" back\\slash \n\t\x01\x7f\x80\xff end"); }
 static void panic_port(uint32_t gva) { out32(PORT_PANIC, gva); }
 static void panic_nowhere(void) { panic_port(0xfffffff0); }
-static void panic_8_bits(void) { out8(PORT_PANIC, 0x40); }
+static void panic_8_bits(void) {
+    in32(PORT_PANIC); /* 32 ones, which the next access must not leave to be read */
+    out8(PORT_PANIC, 0x40);
+}
 static void panic_read(void) { in32(PORT_PANIC); }
 
 static void panic_unknown_kind(void) {
@@ -194,6 +198,12 @@ static void unmapped_idt(void) {
     __asm__ volatile("ud2");
 }
 
+/* In the last slot of the PML4, which the VMM borrows to find out what began it. */
+static void unmapped_idt_above(void) {
+    idt_load(0xfff, TOP_GVA);
+    __asm__ volatile("ud2");
+}
+
 /* Gates whose present bit is clear, to a handler that is not mapped either. */
 static void absent_gates(void) {
     static uint64_t gates[VECTORS][2];
@@ -274,6 +284,7 @@ static const struct guest_case cases[] = {
     CASE(empty_idt_after_a_line),
     CASE(fault_behind_an_exit),
     CASE(unmapped_idt),
+    CASE(unmapped_idt_above),
     CASE(absent_gates),
     CASE(read_unknown_port),
     CASE(write_unknown_port),

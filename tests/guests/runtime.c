@@ -233,7 +233,7 @@ static void print_cpuid(void) {
 
 static bool skip_ud2(struct trap_frame *frame) {
     frame->rip += 2;
-    frame->r10 += 1;
+    frame->r10 = 77;
     return true;
 }
 
@@ -242,25 +242,36 @@ static bool refuse(struct trap_frame *frame) {
     return false;
 }
 
-/* Every register but r10 is what it was before the exception. */
+/* Registers from before an exception, which its handler has taken care of: rax, rbx, rcx, rdx, rsi,
+ * rdi, r8 to r15, rflags. */
+static uint64_t registers[15];
+
+static void take_undefined_with_known_registers(void) {
+    __asm__ volatile("push %%rbp\n"
+                     "mov $1, %%eax; mov $2, %%ebx; mov $3, %%ecx; mov $4, %%edx\n"
+                     "mov $5, %%esi; mov $6, %%edi; mov $8, %%r8d; mov $9, %%r9d\n"
+                     "mov $10, %%r10d; mov $11, %%r11d; mov $12, %%r12d; mov $13, %%r13d\n"
+                     "mov $14, %%r14d; mov $15, %%r15d; std\n"
+                     "ud2\n"
+                     "pushfq; push %%r15; push %%r14; push %%r13; push %%r12; push %%r11\n"
+                     "push %%r10; push %%r9; push %%r8; push %%rdi; push %%rsi; push %%rdx\n"
+                     "push %%rcx; push %%rbx; push %%rax; cld\n"
+                     "mov %%rsp, %%rsi; mov %0, %%rdi; mov $15, %%ecx; rep movsq\n"
+                     "mov %%rsi, %%rsp; pop %%rbp"
+                     :
+                     : "i"(registers)
+                     : "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12",
+                       "r13", "r14", "r15", "memory", "cc");
+}
+
 static void handle_and_go_on(void) {
     struct trap_frame caught;
-    uint64_t sum;
     trap_handle(VECTOR_UD, skip_ud2);
-    __asm__ volatile("mov $1, %%eax; mov $2, %%ebx; mov $4, %%ecx; mov $8, %%edx\n"
-                     "mov $16, %%esi; mov $32, %%edi; mov $64, %%r8d; mov $128, %%r9d\n"
-                     "mov $256, %%r10d; mov $512, %%r11d; mov $1024, %%r12d; mov $2048, %%r13d\n"
-                     "mov $4096, %%r14d; mov $8192, %%r15d; std; ud2\n"
-                     "pushfq; cld; add %%rbx, %%rax; add %%rcx, %%rax; add %%rdx, %%rax\n"
-                     "add %%rsi, %%rax; add %%rdi, %%rax; add %%r8, %%rax; add %%r9, %%rax\n"
-                     "add %%r10, %%rax; add %%r11, %%rax; add %%r12, %%rax; add %%r13, %%rax\n"
-                     "add %%r14, %%rax; add %%r15, %%rax; pop %%rcx; and $0x400, %%ecx\n"
-                     "shl $8, %%rcx; add %%rcx, %%rax"
-                     : "=a"(sum)
-                     :
-                     : "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-                       "r14", "r15", "memory");
-    printf("sum %lx\n", sum);
+    take_undefined_with_known_registers();
+    printf("registers");
+    for (unsigned i = 0; i < 14; i++)
+        printf(" %lu", registers[i]);
+    printf(" DF %d\n", (registers[14] & X86_EFLAGS_DF) != 0);
     trap_handle(VECTOR_UD, refuse);
     print_caught("refused", trap_try(undefined, 0, &caught), &caught);
     trap_handle(VECTOR_UD, NULL);

@@ -11,7 +11,7 @@ static void mmio(gpa_t first, uint64_t bytes) { host_claim_mmio(first, bytes, "m
 static void setup(void) {
     switch (host_seed()) {
     case 0: pio(0x500, 8), pio(0x508, 1), pio(0x4ff, 1), pio(0xffff, 1); break;
-    case 1: mmio(0xc0000500, 8), pio(0x500, 8), mmio(UINT64_MAX, 1); break;
+    case 1: mmio(0x1000000, 1), mmio(0xd0000000, 8), mmio(UINT64_MAX, 1); break;
     case 2: pio(0x3ff, 1); break;
     case 3: pio(0xf0, 8); break;
     case 4: pio(0, 0x10000); break;
