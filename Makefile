@@ -13,13 +13,15 @@ MAKEFLAGS += --no-builtin-rules
 
 KVMLAB = PYTHONPATH=tools PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m kvmlab --lessons=$(LESSONS) --build=$(BUILD)
 
+HOW = $(if $(SEED),--seed='$(SEED)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(KVM_PARAMS),--kvm-params='$(KVM_PARAMS)') $(if $(KTRACE),--trace)
+
 # ---- what users type ----
 
-run: build-lesson ## LESSON=n [SEED=s] [EVENTS=file]  build a lesson, run it once, judge what the machine did
-	@$(KVMLAB) run $(LESSON) $(if $(SEED),--seed='$(SEED)') $(if $(EVENTS),--events='$(EVENTS)')
+run: build-lesson ## LESSON=n [SEED=s] [ENGINE=e] [EVENTS=file] [KTRACE=1] [KVM_PARAMS=...]  build a lesson, run it once, judge what the machine did
+	@$(KVMLAB) run $(LESSON) $(HOW) $(if $(EVENTS),--events='$(EVENTS)')
 
-check: build-lesson ## LESSON=n [SEED=s]  the same checks over several seeds, with points
-	@$(KVMLAB) check $(LESSON) $(if $(SEED),--seed='$(SEED)')
+check: build-lesson ## LESSON=n [SEED=s] [ENGINE=e] [KVM_PARAMS=...]  the same checks over several seeds, with points
+	@$(KVMLAB) check $(LESSON) $(HOW)
 
 list: setup-run ## the lessons
 	@$(KVMLAB) list
@@ -30,9 +32,9 @@ hint: setup-run ## LESSON=n  the next hint; each time one more
 handout: setup-run ## DEST=dir  write the student tree: the lessons without their solutions
 	@$(KVMLAB) handout '$(DEST)'
 
-test: setup-test ## everything that must hold before a change lands
+test: setup-test setup-svm setup-vmx ## [ENGINE=kvm,svm,vmx]  everything that must hold before a change lands
 	@$(MAKE) --no-print-directory -s -j2 build-all build-asan
-	@$(PYTHON) -m pytest -n 2 $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest -n 2 --engines=$(if $(ENGINE),$(ENGINE),kvm,svm,vmx) $(PYTEST_ARGS)
 
 cover: setup-cover ## line coverage of the VMM and of the guest runtime, as HTML in build/cover
 	@tools/cover
@@ -58,6 +60,8 @@ setup-%:
 
 WARNINGS = -Wall -Wextra -Werror -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
 VMM_CFLAGS = -std=gnu11 -O2 -g -fno-pie -D_GNU_SOURCE $(WARNINGS) -Iinclude
+# The same binary runs here and in an emulated machine, where there is no other file than it.
+VMM_LDFLAGS = -static
 # No SSE or x87 in the guest (nobody saves their registers in a trap), no red zone (a trap would
 # overwrite it), frame pointers for the VMM's backtraces.
 GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -Iguest -ffreestanding -fno-pic -fno-pie \
@@ -68,6 +72,7 @@ GUEST_LDFLAGS = -nostdlib -static -no-pie -Wl,-z,noexecstack,-z,max-page-size=40
 
 ifdef SANITIZE
 VMM_CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all
+VMM_LDFLAGS = -no-pie
 endif
 ifdef COVERAGE
 VMM_CFLAGS += --coverage -fprofile-abs-path
@@ -98,7 +103,7 @@ $(BUILD)/vmm/vmm.o: vmm/vmm.c $(HEADERS) Makefile
 	$(CC) $(VMM_CFLAGS) -c $< -o $@
 
 $(BUILD)/vmm/vmm: $(BUILD)/vmm/vmm.o
-	$(CC) $(VMM_CFLAGS) -no-pie $< -o $@
+	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $< -o $@
 
 # A lesson: image.elf from guest.c, and a VMM of its own where it has a host.c.
 $(BUILD)/lessons/%/guest.o: $(LESSONS)/%/guest.c $(GUEST_HEADERS) Makefile
@@ -113,7 +118,7 @@ $(BUILD)/lessons/%/host.o: $(LESSONS)/%/host.c $(HEADERS) Makefile
 	$(CC) $(VMM_CFLAGS) -c $< -o $@
 
 $(BUILD)/lessons/%/vmm: $(BUILD)/lessons/%/host.o $(BUILD)/vmm/vmm.o
-	$(CC) $(VMM_CFLAGS) -no-pie $^ -o $@
+	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
 # The guests of the tests: one file each.
 $(BUILD)/tests/%.elf: tests/guests/%.c $(RUNTIME) $(GUEST_HEADERS) guest/image.ld Makefile

@@ -111,7 +111,7 @@ def test_the_events_go_to_the_file_that_is_named(variant: StartVariant, tmp_path
 def test_events_that_cannot_be_written_are_explained_in_one_line(variant: StartVariant, tmp_path: Path) -> None:
     shown = variant("01-vm-exit").kvmlab("run", "1", f"--events={tmp_path / 'no' / 'such' / 'folder'}")
     assert shown.status == 5
-    assert said(shown) == [f"vmm: cannot write the events to {tmp_path}/no/such/folder: No such file or directory"]
+    assert said(shown) == [f"kvmlab: cannot write the events to {tmp_path}/no/such/folder: No such file or directory"]
 
 
 def test_the_exit_status_of_a_solution_is_0(variant: StartVariant) -> None:

@@ -10,6 +10,7 @@ import pytest
 from variants import NAMES, Region, Shown, Variant, regions, write_stubs
 
 from kvmlab import lesson, markers, runner
+from kvmlab.engine import ENGINES, Engine
 from kvmlab.events import Event
 from kvmlab.plugin import ROOT
 
@@ -17,9 +18,9 @@ pytest_plugins = ["variants"]
 
 MUTANTS = sorted((ROOT / "tests" / "mutants").glob("*/*.patch"))
 ALL_REGIONS = [region for name in NAMES for region in regions(name)]
-ENGINES = {"kvm", "svm", "vmx"}
 
 StartVariant = Callable[[str], Variant]
+Engines = dict[str, Engine]
 
 
 # ---- mutants: wrong solutions ----
@@ -31,11 +32,18 @@ def said_by(patch: Path, field: str) -> list[str]:
 
 
 @pytest.mark.parametrize("patch", MUTANTS, ids=lambda patch: f"{patch.parent.name}/{patch.stem}")
-def test_a_wrong_solution_is_caught_by_the_checks_it_names(variant: StartVariant, patch: Path) -> None:
+def test_a_wrong_solution_is_caught_by_the_checks_it_names(
+    variant: StartVariant, engines: Engines, patch: Path
+) -> None:
+    """And on every engine by the same checks, with the same status and the same words."""
     mutant = variant(patch.parent.name)
     mutant.patch(patch.stem)
     mutant.make_all()
-    shown = mutant.run()
+    verdicts = {engine: expect_caught(patch, mutant.run(engine=engine)) for engine in engines}
+    assert len(set(map(str, verdicts.values()))) == 1, f"the engines differ: {verdicts}"
+
+
+def expect_caught(patch: Path, shown: Shown) -> dict[str, bool]:
     killers = said_by(patch, "Killed-by")
     assert [check for check in killers if check not in shown.failed] == [], f"these checks let it pass:\n{shown}"
     assert shown.failed[0] == killers[0], f"what the student reads first is about another check:\n{shown}"
@@ -43,6 +51,7 @@ def test_a_wrong_solution_is_caught_by_the_checks_it_names(variant: StartVariant
     (phrase,) = said_by(patch, "Says")
     assert phrase in shown.output + shown.errors, f"expected {phrase!r} in:\n{shown}"
     assert "the check itself failed" not in shown.output, str(shown)
+    return shown.verdicts
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,14 +80,17 @@ def expect_stub_named(variant: Variant, shown: Shown) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_student_version_builds_gets_no_points_and_says_where_to_begin(variant: StartVariant, name: str) -> None:
+def test_the_student_version_builds_gets_no_points_and_says_where_to_begin(
+    variant: StartVariant, engines: Engines, name: str
+) -> None:
     student = variant(name)
     for path in student.folder.glob("*.c"):
         path.write_text(markers.student_version(path.read_text(), str(path)))
     student.make_all()
-    shown = student.run()
-    assert (shown.status, shown.points, list(shown.verdicts)) == (1, 0, shown.failed), str(shown)
-    expect_stub_named(student, shown)
+    for engine in engines:
+        shown = student.run(engine=engine)
+        assert (shown.status, shown.points, list(shown.verdicts)) == (1, 0, shown.failed), str(shown)
+        expect_stub_named(student, shown)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,8 +223,8 @@ def test_a_lesson_is_complete(name: str) -> None:
         assert (folder / file).is_file(), f"{name} has no {file}"
     this = lesson.load(folder)
     assert this.title
-    assert this.engines
-    assert set(this.engines) <= ENGINES
+    assert this.not_on.keys() < ENGINES.keys()
+    assert all(this.not_on.values()), "an engine is excluded for no reason"
     assert all(worth > 0 for worth in this.points.values())
 
 

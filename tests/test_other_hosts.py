@@ -18,6 +18,14 @@ Environment = Callable[[str], dict[str, str]]
 pytestmark = only_plain
 
 
+@pytest.fixture(scope="session", params=["plain"])
+def vmm(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The VMM linked dynamically: no library comes between a static one and the C library."""
+    path = tmp_path_factory.mktemp("dynamic") / "vmm"
+    subprocess.run(["gcc", "-no-pie", "--coverage", build / "vmm" / "vmm.o", "-o", path], check=True)
+    return path
+
+
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """The environment in which the VMM meets this variant of tests/shims/kvm.c."""

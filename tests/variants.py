@@ -106,8 +106,8 @@ class Variant:
         call = [sys.executable, "-m", "kvmlab", f"--lessons={self.lessons}", f"--build={self.build}"]
         return command(*call, *arguments, PYTHONPATH="tools", PYTHONDONTWRITEBYTECODE="1")
 
-    def run(self, seed: int = 1) -> Shown:
-        return self.kvmlab("run", self.name, f"--seed={seed}")
+    def run(self, seed: int = 1, engine: str = "auto") -> Shown:
+        return self.kvmlab("run", self.name, f"--seed={seed}", f"--engine={engine}")
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,20 @@
 """The commands behind `make run`, `check`, `list`, `hint` and `handout`."""
 
 import argparse
+import contextlib
 import secrets
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from kvmlab import engine as engines
 from kvmlab import lesson as lessons
+from kvmlab import trace
+from kvmlab.engine import CannotRun, Engine
 from kvmlab.lesson import Lesson, UsageError
+from kvmlab.machine import MachineError
 from kvmlab.markers import MarkerError
 
 CHECK_SEEDS = 3
@@ -26,11 +33,14 @@ def _run(arguments: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
     built = runner.lesson_built(arguments.build, lesson.name)
     events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
-    print(f"lesson {lesson.number}: {lesson.title} (SEED={seed})", flush=True)
-    run = runner.run_on_terminal(built, seed=seed, events=events)
-    if not run.events:
-        return run.status
-    verdicts = judge.judge(lesson, arguments.build, [seed], run)
+    _must_be_writable(events)
+    with _engine(lesson, arguments, f"(SEED={seed})") as engine:
+        run = runner.run_on_terminal(built, seed=seed, events=events, engine=engine)
+        if not run.events or run.status > 128:
+            return run.status
+        verdicts = judge.judge(lesson, arguments.build, engine, [seed], run)
+    if engine.trace:
+        print(trace.summary(run.events))
     print(judge.report(lesson, verdicts))
     if any(not verdict.passed for verdict in verdicts):
         print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
@@ -38,14 +48,30 @@ def _run(arguments: argparse.Namespace) -> int:
     return run.status
 
 
+@contextlib.contextmanager
+def _engine(lesson: Lesson, arguments: argparse.Namespace, seeds: str) -> Iterator[Engine]:
+    """The engine to run on, announced with the lesson."""
+    chosen, line = engines.choose(lesson, arguments.engine, arguments.kvm_params, arguments.trace)
+    print(f"lesson {lesson.number}: {lesson.title} {seeds}\n{line}", flush=True)
+    with contextlib.closing(chosen):
+        yield chosen
+
+
+def _must_be_writable(events: Path) -> None:
+    try:
+        events.open("wb").close()
+    except OSError as error:
+        raise MachineError(f"cannot write the events to {events}: {error.strerror}") from None
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from kvmlab import judge
 
     lesson = _lesson(arguments)
     seeds = [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)] if arguments.seed is None else [arguments.seed]
-    print(f"lesson {lesson.number}: {lesson.title} (seeds {', '.join(map(str, seeds))})", flush=True)
     try:
-        verdicts = judge.judge(lesson, arguments.build, seeds)
+        with _engine(lesson, arguments, f"(seeds {', '.join(map(str, seeds))})") as engine:
+            verdicts = judge.judge(lesson, arguments.build, engine, seeds)
     except judge.HostError as error:
         print(error, file=sys.stderr)
         return 5
@@ -115,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("lesson", nargs="?", help="1, 01 or 01-vm-exit")
         if name != "hint":
             command.add_argument("--seed", type=_seed)
+            command.add_argument("--engine", default="auto")
+            command.add_argument("--kvm-params", default="")
+            command.add_argument("--trace", action="store_true")
         if name == "run":
             command.add_argument("--events", type=Path)
     commands.add_parser("list").set_defaults(function=_list)
@@ -130,8 +159,18 @@ def main() -> int:
         status: int = arguments.function(arguments)
         return status
     except (UsageError, MarkerError) as error:
-        print(f"kvmlab: {error}", file=sys.stderr)
-        return 2
+        return _said(error, 2)
+    except MachineError as error:
+        return _said(error, 5)
+    except CannotRun as error:
+        return _said(error, 77)
+    except KeyboardInterrupt:
+        return _said("interrupted", 128 + signal.SIGINT)
+
+
+def _said(error: object, status: int) -> int:
+    print(f"kvmlab: {error}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

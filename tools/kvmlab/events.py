@@ -1,8 +1,6 @@
 """The event record of a run, as include/events.h describes it."""
 
-import itertools
 import json
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,25 +42,24 @@ def _value(value: Any) -> Any:
     return value
 
 
-# More than any lesson makes: the record of a guest that loops over a port is cut, but for its end.
-_MOST = 200_000
-
-
 def read(path: Path) -> list[Event]:
-    """The events of a record; a last line that a killed VMM left incomplete is not one."""
-    with path.open(errors="replace") as lines:
-        kept = list(itertools.islice(lines, _MOST))
-        kept += deque(lines, maxlen=1)
-    events = [event for line in kept if (event := _parse(line))]
+    """The events of a file."""
+    return parse(path.read_bytes())
+
+
+def parse(record: bytes) -> list[Event]:
+    """The events of a record. A line that is cut is none: a killed VMM left the last one so, and the
+    middle of a long record is not kept (machine.RESULT_MOST)."""
+    events = [event for line in record.splitlines() if (event := _parse(line))]
     if events and events[0].version != VERSION:
-        raise ValueError(f"{path}: events of version {events[0].version}; this reader knows {VERSION}")
+        raise ValueError(f"events of version {events[0].version}; this reader knows {VERSION}")
     return events
 
 
-def _parse(line: str) -> Event | None:
+def _parse(line: bytes) -> Event | None:
     try:
         return Event(json.loads(line))
-    except json.JSONDecodeError:
+    except ValueError:
         return None
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from kvmlab import plugin
+from kvmlab.engine import Engine
 from kvmlab.expect import CheckFailed
-from kvmlab.lesson import Lesson
+from kvmlab.lesson import Lesson, UsageError
+from kvmlab.machine import MachineError
 from kvmlab.runner import Run
 
 
@@ -29,13 +31,15 @@ class Verdict:
 class _Collector:
     """A pytest plugin that keeps the outcome of every check."""
 
-    def __init__(self, recorded: Run | None) -> None:
+    def __init__(self, engine: Engine, recorded: Run | None) -> None:
+        self.engine = engine
         self.recorded = recorded
         self.verdicts: list[Verdict] = []
         self.errors: list[str] = []
         self.not_run = ""
 
     def pytest_configure(self, config: pytest.Config) -> None:
+        config.stash[plugin.OPENED] = {self.engine.name: self.engine}
         if self.recorded:
             config.stash[plugin.RECORDED] = self.recorded
 
@@ -47,11 +51,15 @@ class _Collector:
         if call.excinfo is None and call.when != "call":
             return
         run = item.funcargs.get("run")
+        error = call.excinfo.value if call.excinfo else None
         if isinstance(run, Run) and not run.events:
             self.not_run = run.errors.strip()
-        seed = item.callspec.params["run"]
+        elif isinstance(error, MachineError | UsageError):
+            self.not_run = f"kvmlab: {error}"
+        if self.not_run:
+            item.session.shouldstop = self.not_run
+        seed = item.callspec.params["run"].seed  # type: ignore[attr-defined]
         assert isinstance(seed, int)
-        error = call.excinfo.value if call.excinfo else None
         if error is None:
             message = ""
         elif isinstance(error, CheckFailed):
@@ -70,18 +78,22 @@ def _said_by_vmm(run: object) -> str:
     return "".join("\n" + line for line in lines if line.startswith("vmm: "))
 
 
-def judge(lesson: Lesson, build: Path, seeds: Iterable[int], recorded: Run | None = None) -> list[Verdict]:
+def judge(
+    lesson: Lesson, build: Path, engine: Engine, seeds: Iterable[int], recorded: Run | None = None
+) -> list[Verdict]:
     """The verdict of every check for every seed; recorded: a run to judge instead of making one."""
-    collector = _Collector(recorded)
+    collector = _Collector(engine, recorded)
     # A lesson may lie outside the project: name what pytest would else look for around it.
     project = ["-c", str(plugin.ROOT / "pyproject.toml"), f"--rootdir={plugin.ROOT}"]
     project += ["--noconftest", "-p", "kvmlab.plugin"]
     options = [*project, "-p", "no:terminal", "-p", "no:cacheprovider", f"--build={build}"]
-    pytest.main([str(lesson.tests), *options, "--seeds=" + ",".join(map(str, seeds))], plugins=[collector])
+    options += [f"--engines={engine.name}", "--seeds=" + ",".join(map(str, seeds))]
+    if pytest.main([str(lesson.tests), *options], plugins=[collector]) == pytest.ExitCode.INTERRUPTED:
+        if collector.not_run:
+            raise HostError(collector.not_run)
+        raise KeyboardInterrupt
     if collector.errors or not collector.verdicts:
         raise RuntimeError(f"{lesson.tests} cannot be used:\n" + "\n".join(collector.errors))
-    if collector.not_run:
-        raise HostError(collector.not_run)
     if differing := lesson.points.keys() ^ {verdict.check for verdict in collector.verdicts}:
         raise RuntimeError(f"lesson.toml and {lesson.tests.name} do not name the same checks: {differing}")
     return collector.verdicts

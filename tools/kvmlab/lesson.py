@@ -23,7 +23,7 @@ class Lesson:
 
     folder: Path
     title: str
-    engines: list[str]
+    not_on: dict[str, str]  # engines that cannot run it, and why
     points: dict[str, int]
     hints: list[Hint]
 
@@ -43,7 +43,7 @@ class Lesson:
 def load(folder: Path) -> Lesson:
     data = tomllib.loads((folder / "lesson.toml").read_text())
     hints = [Hint(hint["task"], hint["tiers"]) for hint in data["hints"]]
-    return Lesson(folder, data["title"], data["engines"], data["points"], hints)
+    return Lesson(folder, data["title"], data.get("not_on", {}), data["points"], hints)
 
 
 def load_all(lessons: Path) -> list[Lesson]:

@@ -1,56 +1,109 @@
 """The pytest side of the harness: the fixtures that lessons and tests share."""
 
+import contextlib
+import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from kvmlab import runner
+from kvmlab import cache, runner
+from kvmlab.engine import ENGINES, SHARED_VMX, Engine, kvm_problem, start_vmx
 from kvmlab.lesson import Lesson, load
 from kvmlab.runner import Built, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
+
+class Round(NamedTuple):
+    """One run of a lesson."""
+
+    engine: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.engine}, seed {self.seed}"
+
+
 # A run that `make run` has already made: the checks judge it instead of making their own.
 RECORDED = pytest.StashKey[Run]()
-SEEDS = pytest.StashKey[list[int]]()
+# The engines of this session, by name; those that nobody has used yet are not there.
+OPENED = pytest.StashKey[dict[str, Engine]]()
+ROUNDS = pytest.StashKey[list[Round]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kvmlab")
     group.addoption("--build", default=str(ROOT / "build"), help="where `make` has built things")
     group.addoption("--seeds", default="", help="seeds to run each lesson with, separated by commas")
+    group.addoption("--engines", default="", help="engines to run lessons on: kvm,svm,vmx (kvm if it works, else svm)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Workers of xdist must collect the same tests: they get the seeds of the first process.
-    given = getattr(config, "workerinput", {}).get("seeds") or config.getoption("--seeds")
+    opened: dict[str, Engine] = config.stash.setdefault(OPENED, {})
+    # Workers of xdist must collect the same tests: they get what the first process has decided.
+    decided = getattr(config, "workerinput", {})
+    given = decided.get("seeds") or config.getoption("--seeds")
     # Three fixed seeds, and one that is new each time: the header names it.
     seeds = [int(seed) for seed in given.split(",")] if given else [1, 2, 3, secrets.randbelow(1 << 32)]
-    config.stash[SEEDS] = seeds
+    given = decided.get("engines") or config.getoption("--engines")
+    engines = given.split(",") if given else ["svm" if kvm_problem() else "kvm"]
+    config.stash[ROUNDS] = [Round(engine, seed) for engine in engines for seed in seeds]
+    if not decided and not config.option.collectonly:
+        for name in (name for name in engines if name not in opened):
+            if name == "vmx":
+                _share_vmx(config)
+            opened[name] = ENGINES[name]()
+
+
+def _share_vmx(config: pytest.Config) -> None:
+    """Start the machine that the workers of xdist share, and what they call: it takes its time to start."""
+    closing = contextlib.ExitStack()
+    config.add_cleanup(closing.close)
+    folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="kvmlab-vmx-")))
+    closing.enter_context(contextlib.closing(start_vmx(cache.ready("vmx"), folder)))
+    os.environ[SHARED_VMX] = str(folder)
+    closing.callback(os.environ.pop, SHARED_VMX)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:  # a type of xdist's, which need not be installed
-    node.workerinput["seeds"] = ",".join(map(str, node.config.stash[SEEDS]))
+    rounds = node.config.stash[ROUNDS]
+    node.workerinput["seeds"] = ",".join(dict.fromkeys(str(round_.seed) for round_ in rounds))
+    node.workerinput["engines"] = ",".join(dict.fromkeys(round_.engine for round_ in rounds))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for engine in config.stash[OPENED].values():
+        engine.close()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "lesson seeds: " + ", ".join(str(seed) for seed in config.stash[SEEDS])
+    rounds: list[Round] = config.stash[ROUNDS]
+    return "lessons run on: " + "; ".join(map(str, rounds))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "run" in metafunc.fixturenames and metafunc.definition.path.name == "test_lesson.py":
-        seeds = metafunc.config.stash[SEEDS]
-        metafunc.parametrize("run", seeds, indirect=True, scope="module", ids=lambda seed: f"seed {seed}")
+        metafunc.parametrize("run", metafunc.config.stash[ROUNDS], indirect=True, scope="module", ids=str)
 
 
 @pytest.fixture(scope="session")
 def build(request: pytest.FixtureRequest) -> Path:
     """Where `make` has built things."""
     return Path(request.config.getoption("--build"))
+
+
+@pytest.fixture(scope="session")
+def engines(request: pytest.FixtureRequest) -> dict[str, Engine]:
+    """The engines that this session runs lessons on, by name."""
+    opened = request.config.stash[OPENED]
+    for round_ in request.config.stash[ROUNDS]:
+        opened.setdefault(round_.engine, ENGINES[round_.engine]())
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +113,15 @@ def lesson(request: pytest.FixtureRequest) -> Lesson:
 
 
 @pytest.fixture(scope="module")
-def run(request: pytest.FixtureRequest, build: Path, lesson: Lesson) -> Run:
+def run(request: pytest.FixtureRequest, build: Path, lesson: Lesson, engines: dict[str, Engine]) -> Run:
     """One run of the lesson, with the seed of this round."""
     recorded = request.config.stash.get(RECORDED, None)
-    return recorded or runner.run(runner.lesson_built(build, lesson.name), seed=request.param)
+    if recorded:
+        return recorded
+    name, seed = request.param
+    if name in lesson.not_on:
+        pytest.skip(f"{name} cannot run this lesson: {lesson.not_on[name]}")
+    return runner.run(runner.lesson_built(build, lesson.name), seed=seed, engine=engines[name])
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,20 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvmlab import events as record
+from kvmlab import trace
+from kvmlab.engine import Engine, Kvm
 from kvmlab.events import Event
+from kvmlab.machine import Job, Outcome
 
 TIME_LIMIT = 10.0
+EVENTS = "events.jsonl"
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Run:
     status: int
     output: str
     errors: str
+    kernel_log: str = ""
     seed: int = 0
     events: list[Event] = field(default_factory=list)
 
@@ -66,33 +71,48 @@ def run(
     *,
     seed: int = 0,
     stdin: bytes = b"",
-    events: Path | None = None,
     time_limit: float = TIME_LIMIT,
+    engine: Engine | None = None,
 ) -> Run:
-    """Run the image to its end, with everything captured."""
-    with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch:
-        path = events or Path(scratch) / "events.jsonl"
-        command = _command(built, [*options, f"--time-limit={time_limit}"], seed, path)
-        # A file, not a pipe: all of the input is there before the guest looks for it.
-        typed = Path(scratch) / "input"
-        typed.write_bytes(stdin)
-        with typed.open("rb") as console:
-            done = subprocess.run(command, stdin=console, capture_output=True, timeout=time_limit + 60, check=False)
-        recorded = record.read(path) if path.exists() else []
-    errors = done.stderr.decode(errors="replace")
-    return Run(done.returncode, done.stdout.decode(errors="replace"), errors, seed, recorded)
+    """Run the image to its end, with everything captured; on this machine's KVM if no engine is named."""
+    job = _job(built, [*options, f"--time-limit={time_limit}"], seed, stdin=stdin, time_limit=time_limit)
+    outcome = (engine or Kvm()).run(job)
+    return _run(outcome, seed, _events(outcome))
 
 
-def run_on_terminal(built: Built, *, seed: int, events: Path) -> Run:
-    """Run the image with the user's own terminal as its console."""
-    events.unlink(missing_ok=True)
-    command = _command(built, ["--summary", f"--time-limit={TIME_LIMIT}"], seed, events)
-    done = subprocess.run(command, stderr=subprocess.PIPE, check=False)
-    errors = done.stderr.decode(errors="replace")
+def run_on_terminal(built: Built, *, seed: int, events: Path, engine: Engine) -> Run:
+    """Run the image with the user's own terminal as its console, and leave the events in this file."""
+    outcome = engine.run(_job(built, ["--summary", f"--time-limit={TIME_LIMIT}"], seed, watched=True))
+    run = _run(outcome, seed, _events(outcome, events))
     sys.stdout.flush()
-    sys.stderr.write(errors + crash_location(built, errors))
+    sys.stderr.write(run.errors + crash_location(built, run.errors))
     sys.stderr.flush()
-    return Run(done.returncode, "", errors, seed, record.read(events) if events.exists() else [])
+    return run
+
+
+def _job(built: Built, options: Sequence[str], seed: int, **how: Any) -> Job:
+    command = ["./vmm", f"--seed={seed}", f"--events={EVENTS}"]
+    # `make cover` wants what the guest sends of its counters (guest/coverage.c).
+    if streams := os.environ.get("KVMLAB_GUEST_COVERAGE"):
+        command.append(f"--debugcon={streams}/{uuid.uuid4()}")
+    return Job([*command, *options, "image.elf"], {"vmm": built.vmm, "image.elf": built.image}, [EVENTS], **how)
+
+
+def _events(outcome: Outcome, path: Path | None = None) -> list[Event]:
+    """The record of the run, with the trace of its engine merged in; left in this file, if there is one."""
+    lines = outcome.results.get(EVENTS, b"")
+    if lines and outcome.trace:
+        lines = trace.merge(lines, outcome.trace)
+    if path and lines:
+        path.write_bytes(lines)
+    return record.parse(lines)
+
+
+def _run(outcome: Outcome, seed: int, events: list[Event]) -> Run:
+    # As a shell has it: 128 and the number of the signal.
+    status = outcome.status if outcome.status >= 0 else 128 - outcome.status
+    output, errors = (text.decode(errors="replace") for text in (outcome.output, outcome.errors))
+    return Run(status, output, errors, outcome.kernel_log, seed, events)
 
 
 def crash_location(built: Built, errors: str) -> str:
@@ -105,11 +125,3 @@ def crash_location(built: Built, errors: str) -> str:
     )
     function, _, line = done.stdout.strip().partition("\n")
     return f"vmm: that is in {function}, {line}\n"
-
-
-def _command(built: Built, options: Sequence[str], seed: int, events: Path) -> list[str]:
-    command = [str(built.vmm), f"--seed={seed}", f"--events={events}"]
-    # `make cover` wants what the guest sends of its counters (guest/coverage.c).
-    if streams := os.environ.get("KVMLAB_GUEST_COVERAGE"):
-        command.append(f"--debugcon={streams}/{uuid.uuid4()}")
-    return [*command, *options, str(built.image)]

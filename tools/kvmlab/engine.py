@@ -1,0 +1,217 @@
+"""The engines: what executes a guest. The VMM, the guest and the checks are the same on all of them."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kvmlab import cache
+from kvmlab.lesson import Lesson, UsageError
+from kvmlab.machine import PATIENCE, Job, Machine, MachineError, Outcome, OwnMachine, Settings, read_result
+
+SHARED_VMX = "KVMLAB_VMX"  # names the folder of a machine that is there already
+
+DEVICE = Path("/dev/kvm")
+GET_API_VERSION = 0xAE00
+CREATE_VM = 0xAE01
+API_VERSION = 12
+
+
+class Engine:
+    """Runs jobs. What an engine has started ends when it is closed."""
+
+    name: str
+    what: str
+
+    def __init__(self, params: str = "", trace: bool = False) -> None:
+        self.params = params
+        self.trace = trace
+
+    def run(self, job: Job) -> Outcome:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing, where a run leaves nothing behind."""
+
+
+class Kvm(Engine):
+    """This machine's own KVM."""
+
+    name = "kvm"
+    what = "this machine's /dev/kvm"
+
+    def run(self, job: Job) -> Outcome:
+        with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch:
+            folder = Path(scratch)
+            for name, path in job.files.items():
+                (folder / name).symlink_to(path.absolute())
+            # A file, not a pipe: all of the input is there before the guest looks for it.
+            (folder / "stdin").write_bytes(job.stdin)
+            status, output, errors = self._run_in(folder, job)
+            results = {name: read_result(folder / name) for name in job.results if (folder / name).exists()}
+        return Outcome(status, output, errors, results)
+
+    @staticmethod
+    def _run_in(folder: Path, job: Job) -> tuple[int, bytes, bytes]:
+        with (
+            (folder / "stdin").open("rb") as stdin,
+            subprocess.Popen(
+                job.command,
+                cwd=folder,
+                stdin=None if job.watched else stdin,
+                stdout=None if job.watched else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            ) as command,
+        ):
+            try:
+                output, errors = command.communicate(timeout=job.time_limit + PATIENCE)
+            except KeyboardInterrupt:
+                # A VMM that is watched has been asked to stop too, and says where the guest was.
+                if not job.watched:
+                    raise
+                command.send_signal(signal.SIGINT)
+                output, errors = command.communicate(timeout=PATIENCE)
+            finally:
+                command.kill()
+            return command.returncode, output or b"", errors
+
+
+class Emulated(Engine):
+    """A machine that a program emulates, with Debian's kernel and its KVM."""
+
+    def settings(self, place: Path) -> Settings:
+        """Whose parameters are they, and do they exist? Linux itself would ignore those it does not know."""
+        known = cache.module_parameters(place)
+        words: dict[str, list[str]] = {"kvm": [], "vendor": []}
+        for word in self.params.split():
+            name, equals, _ = word.partition("=")
+            if not equals or name not in known:
+                names = " ".join(sorted(name for name, owner in known.items() if owner == "vendor"))
+                raise UsageError(f"KVM_PARAMS={self.params}: the KVM of {self.name} has no {name}=; it has {names}")
+            words[known[name]].append(word)
+        return Settings(" ".join(words["kvm"]), " ".join(words["vendor"]), self.trace)
+
+
+class Svm(Emulated):
+    """For each job, a machine restored from a snapshot in which it waits for one."""
+
+    name = "svm"
+    what = "emulated AMD"
+
+    def run(self, job: Job) -> Outcome:
+        place = cache.ready(self.name)
+        try:
+            return self._run_restored(place, job)
+        except MachineError:
+            if not cache.is_corrupt(place):
+                raise
+        cache.discard(place)
+        return self._run_restored(cache.ready(self.name), job)
+
+    def _run_restored(self, place: Path, job: Job) -> Outcome:
+        settings = self.settings(place)
+        with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch, (place / "state").open("rb") as state:
+            restore = [*cache.QEMU, "-incoming", f"fd:{state.fileno()}"]
+            with contextlib.closing(
+                OwnMachine(Path(scratch), restore, pass_fds=[state.fileno()], restored=True)
+            ) as machine:
+                return machine.run(job, settings, _show)
+
+
+class Vmx(Emulated):
+    """One machine for all jobs: it takes a while to start."""
+
+    name = "vmx"
+    what = "emulated Intel"
+
+    def __init__(self, params: str = "", trace: bool = False) -> None:
+        super().__init__(params, trace)
+        self._machine: Machine | None = None
+        self._closing = contextlib.ExitStack()
+
+    def run(self, job: Job) -> Outcome:
+        place = cache.ready(self.name)
+        settings = self.settings(place)
+        if not self._machine:
+            self._machine = self._closing.enter_context(contextlib.closing(self._attach(place)))
+        return self._machine.run(job, settings, _show)
+
+    def _attach(self, place: Path) -> Machine:
+        """The machine that the tests share, or else one of our own."""
+        if shared := os.environ.get(SHARED_VMX):
+            return Machine(Path(shared))
+        folder = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="kvmlab-")))
+        return start_vmx(place, folder)
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def start_vmx(place: Path, folder: Path) -> OwnMachine:
+    """Start the emulated Intel machine in this folder, without waiting until it is ready."""
+    (folder / "boot.iso").symlink_to(place / "boot.iso")
+    return OwnMachine(folder, cache.BOCHS)
+
+
+def _show(output: bytes) -> None:
+    sys.stdout.buffer.write(output)
+    sys.stdout.buffer.flush()
+
+
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (Kvm, Svm, Vmx)}
+
+
+def kvm_problem() -> str:
+    """Why this machine's KVM cannot be used; "" if it can. Having a VM made is the only proof."""
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"{DEVICE}: {error.strerror}"
+    try:
+        if (version := fcntl.ioctl(device, GET_API_VERSION)) != API_VERSION:
+            return f"{DEVICE} is not KVM: API version {version}"
+        os.close(fcntl.ioctl(device, CREATE_VM))
+    except OSError as error:
+        if error.errno == errno.ENOTTY:
+            return f"{DEVICE} is not KVM"
+        return f"{DEVICE} makes no VM: {error.strerror}"
+    finally:
+        os.close(device)
+    return ""
+
+
+class CannotRun(Exception):
+    """No engine that was asked for can run the lesson: one line, exit status 77."""
+
+
+def choose(lesson: Lesson, wanted: str, params: str, trace: bool) -> tuple[Engine, str]:
+    """The engine to run a lesson on, and the line that says which it is and why."""
+    if wanted != "auto" and wanted not in ENGINES:
+        raise UsageError(f"ENGINE={wanted}: there are auto, {', '.join(ENGINES)}")
+    objections = []
+    for name, kind in ENGINES.items():
+        if wanted not in ("auto", name):
+            continue
+        if objection := _objection(lesson, name, params, trace):
+            objections.append(f"{name}: {objection}" if wanted == "auto" else objection)
+            continue
+        # Asked for by name, this machine's KVM may say itself why it refuses.
+        if name == "kvm" and wanted == "auto" and (problem := kvm_problem()):
+            objections.append(problem)
+            continue
+        return kind(params, trace), f"engine: {name} ({'; '.join([kind.what, *objections])})"
+    raise CannotRun(f"lesson {lesson.number} cannot run on ENGINE={wanted}: {'; '.join(objections)}")
+
+
+def _objection(lesson: Lesson, name: str, params: str, trace: bool) -> str:
+    """Why this engine cannot run the lesson like this; "" if it can."""
+    if name in lesson.not_on:
+        return lesson.not_on[name]
+    if name == "kvm" and (params or trace):
+        return f"{'KVM_PARAMS' if params else 'KTRACE'} needs a kernel of its own: svm or vmx"
+    return ""
