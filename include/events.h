@@ -18,7 +18,7 @@
  *     IO      port, is_write, size, count, data (hex of size * count bytes, as seen by the guest
  *             after the access), device (absent if none claims it)
  *     MMIO    gpa, is_write, size, data, device
- *             The rip of a write may be that of the instruction or of the next one. What a read
+ *             Of both: the rip of a write may be that of the instruction or of the next one. What a read
  *             gave is known only when it has been served: events that a device adds while it serves
  *             a read stand before the exit, those of a write behind it.
  *   unknown   an access that no device claims: space ("port" or "gpa"), address, is_write, size
@@ -34,7 +34,12 @@
  *             "triple fault", "emulation failure", "unknown access", "unknown exit", "time limit",
  *             "signal", "host failure"), exits, guest_ns, vmm_ns
  *
- * A record without an `end` event is of a VMM that was killed.
+ *   trace     a line of KVM's own trace, put in by kvmlab where KTRACE=1 asks for it: point (name of
+ *             the tracepoint), reason (where it has one), text (what it says). All that KVM did up to
+ *             an exit stands before that exit; ns is reckoned back from it.
+ *
+ * A record without an `end` event is of a VMM that was killed. Of a record longer than 16 MiB kvmlab
+ * keeps the beginning and the last 256 KiB.
  */
 #pragma once
 

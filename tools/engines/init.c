@@ -9,9 +9,9 @@
  * first sector holds a struct job_header, read again and again until its number changes. Behind it
  * are the records of the job, each a struct record and its bytes, padded to a multiple of 4.
  *
- * Answers go out through port 0xe9, which both emulators write to a file, as frames: a struct frame
- * and its bytes. As long as this port reads as anything but 0xe9, the machine waits: it is about to be
- * saved, and no command may be on its way to the disk then. The files that the command leaves are too much for a port of one byte: they are
+ * Answers go out through the parallel port, which both emulators write to a file, as frames: a struct
+ * frame and its bytes. (Port 0xe9 would be quicker, but there Bochs' debugger has its say too.) The
+ * files that the command leaves are too much for a port of one byte: they are
  * written to the disk from RESULTS_AT on, one behind the other, each padded to whole blocks.
  *
  * Registers and commands of the disk: ATA/ATAPI-7, "PIO data-in command protocol" and "PIO data-out
@@ -37,11 +37,12 @@
 
 /* ================================ The contract with the host ================================ */
 
-#define READY "\nkvmlab machine: ready\n" /* on port 0xe9, before the first frame */
+#define READY "\nkvmlab machine: ready\n" /* on the parallel port, before the first frame */
 #define BROKEN "\nkvmlab machine: "       /* or this and a reason, and the machine is of no use */
 
 enum {
-    ANSWERS = 0xe9,
+    GO = 0xe9, /* a port that reads as anything else while the machine is about to be saved: no
+                  command may be on its way to the disk then */
     SECTOR = 512,
     BLOCK = 16 * SECTOR,     /* what the disk hands over at once */
     JOB_MOST = 63 << 20,     /* bytes of all records */
@@ -95,11 +96,22 @@ struct done {
 
 /* ================================ Ports ================================ */
 
-/* Those of <sys/io.h> do not tell the compiler that they read and write memory. */
-static void port_send(uint16_t port, const void *bytes, size_t size) {
-    asm volatile("rep outsb" : "+S"(bytes), "+c"(size) : "d"(port) : "memory");
+enum {
+    PARALLEL_DATA = 0x378,
+    PARALLEL_CONTROL = 0x37a,
+    CONTROL_IDLE = 0x0c, /* the printer is selected, and not being reset */
+    CONTROL_STROBE = 0x0d,
+};
+
+static void send_bytes(const void *bytes, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        outb(((const uint8_t *)bytes)[i], PARALLEL_DATA);
+        outb(CONTROL_STROBE, PARALLEL_CONTROL);
+        outb(CONTROL_IDLE, PARALLEL_CONTROL);
+    }
 }
 
+/* Those of <sys/io.h> do not tell the compiler that they read and write memory. */
 static void port_send_words(uint16_t port, const void *words, size_t count) {
     asm volatile("rep outsl" : "+S"(words), "+c"(count) : "d"(port) : "memory");
 }
@@ -110,15 +122,22 @@ static void port_receive_words(uint16_t port, void *words, size_t count) {
 
 static void send_frame(enum frame_kind kind, const void *bytes, size_t size) {
     struct frame frame = {kind, (uint32_t)size};
-    port_send(ANSWERS, &frame, sizeof frame);
-    port_send(ANSWERS, bytes, size);
+    send_bytes(&frame, sizeof frame);
+    send_bytes(bytes, size);
 }
+
+static bool is_ready;
 
 /* The kernel panics when its first process ends, and the emulator with it. */
 __attribute__((noreturn)) static void broken(const char *what) {
     char text[200];
-    snprintf(text, sizeof text, BROKEN "%s: %s\n", what, strerror(errno));
-    port_send(ANSWERS, text, strlen(text));
+    snprintf(text, sizeof text, "%s: %s\n", what, strerror(errno));
+    if (is_ready) {
+        send_frame(FRAME_REFUSED, text, strlen(text));
+    } else {
+        send_bytes(BROKEN, strlen(BROKEN));
+        send_bytes(text, strlen(text));
+    }
     exit(1);
 }
 
@@ -218,9 +237,10 @@ static bool module_load(const char *name, const char *params) {
 }
 
 static bool modules_load(const char *kvm_params, const char *vendor_params) {
-    snprintf(loaded_params[0], sizeof loaded_params[0], "%s", kvm_params);
+    bool loaded = module_load("kvm", kvm_params) && module_load(vendor_module, vendor_params);
+    snprintf(loaded_params[0], sizeof loaded_params[0], "%s", loaded ? kvm_params : "none is loaded");
     snprintf(loaded_params[1], sizeof loaded_params[1], "%s", vendor_params);
-    return module_load("kvm", kvm_params) && module_load(vendor_module, vendor_params);
+    return loaded;
 }
 
 /* Make sure that KVM is loaded with these parameters: most often it is already. */
@@ -300,7 +320,7 @@ static const struct timespec a_while = {.tv_nsec = 2000000};
 static struct job job_next(void) {
     static uint64_t last;
     struct job_header header;
-    while (inb(ANSWERS) != ANSWERS)
+    while (inb(GO) != GO)
         nanosleep(&a_while, NULL);
     for (;;) {
         disk_transfer(READ_MULTIPLE, 0, job_bytes, BLOCK);
@@ -438,7 +458,8 @@ int main(void) {
     if (!module_load("irqbypass", "") || !modules_load("", ""))
         broken("KVM cannot be loaded");
     disk_command(SET_MULTIPLE_MODE, 0, BLOCK / SECTOR);
-    port_send(ANSWERS, READY, strlen(READY));
+    send_bytes(READY, strlen(READY));
+    is_ready = true;
     for (;;)
         job_serve();
 }

@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import errno
 import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -164,6 +166,9 @@ def main() -> int:
         return _said(error, 5)
     except CannotRun as error:
         return _said(error, 77)
+    except OSError as error:
+        where = f" (temporary files are in {tempfile.gettempdir()})" if error.errno == errno.ENOSPC else ""
+        return _said(f"{error}{where}", 5)
     except KeyboardInterrupt:
         return _said("interrupted", 128 + signal.SIGINT)
 

@@ -33,10 +33,11 @@ KERNEL_OPTIONS = "mitigations=off cryptomgr.notests tsc=reliable panic=-1"
 QEMU = [
     *["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-cpu", "qemu64,+svm,+npt", "-m", "512"],
     *["-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:kernel.log"],
-    *["-chardev", "file,id=answers,path=/dev/stdout", "-device", "isa-debugcon,iobase=0xe9,chardev=answers"],
+    *["-chardev", "file,id=answers,path=answers", "-device", "isa-parallel,chardev=answers"],
+    *["-chardev", "null,id=none", "-device", "isa-debugcon,iobase=0xe9,chardev=none"],
     *[
         "-drive",
-        "file=disk,format=raw,if=none,id=disk",
+        "file=disk,format=raw,if=none,id=disk,werror=report",
         "-device",
         "isa-ide,id=jobs",
         "-device",
@@ -77,14 +78,14 @@ def ready(engine: str) -> Path:
     return place
 
 
-def is_corrupt(place: Path) -> bool:
-    """Read all of it: is anything not as it was made?"""
+def discard_if_corrupt(engine: str, place: Path) -> bool:
+    """Read all of the folder: if anything is not as it was made, it is of no use."""
     manifest = json.loads((place / "manifest").read_text())
-    return any(_checksum(place / name) != checksum for name, (_, checksum) in manifest.items())
-
-
-def discard(place: Path) -> None:
-    shutil.rmtree(place, ignore_errors=True)
+    corrupt = [name for name, (_, checksum) in manifest.items() if _checksum(place / name) != checksum]
+    if corrupt:
+        _say(engine, f"{corrupt[0]} is not as it was made")
+        shutil.rmtree(place, ignore_errors=True)
+    return bool(corrupt)
 
 
 def module_parameters(place: Path) -> dict[str, str]:
@@ -159,8 +160,8 @@ def _say(engine: str, what: str) -> None:
 def _make(recipe: Recipe, package: Path, place: Path, why: str) -> None:
     start = time.monotonic()
     _say(recipe.engine, f"preparing what it starts from: {why}")
-    for old in folder().glob(f"{recipe.engine}-*"):
-        discard(old)
+    for old in folder().glob(f"{recipe.engine}-*"):  # what older versions have left, 100 MiB each
+        shutil.rmtree(old, ignore_errors=True)
     try:
         if (free := shutil.disk_usage(folder()).free) < NEEDED:
             raise MachineError(f"{folder()} has {free >> 20} MiB of free space; {NEEDED >> 20} are needed")

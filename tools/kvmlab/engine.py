@@ -108,9 +108,8 @@ class Svm(Emulated):
         try:
             return self._run_restored(place, job)
         except MachineError:
-            if not cache.is_corrupt(place):
+            if not cache.discard_if_corrupt(self.name, place):
                 raise
-        cache.discard(place)
         return self._run_restored(cache.ready(self.name), job)
 
     def _run_restored(self, place: Path, job: Job) -> Outcome:

@@ -54,7 +54,7 @@ class _Collector:
         error = call.excinfo.value if call.excinfo else None
         if isinstance(run, Run) and not run.events:
             self.not_run = run.errors.strip()
-        elif isinstance(error, MachineError | UsageError):
+        elif isinstance(error, MachineError | UsageError | OSError):
             self.not_run = f"kvmlab: {error}"
         if self.not_run:
             item.session.shouldstop = self.not_run

@@ -177,12 +177,12 @@ class Machine:
 
     def _send(self, records: bytes) -> None:
         """The header last: it is what the machine looks at."""
-        disk = os.open(self.disk, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.pwrite(disk, records, SECTOR)
-            os.pwrite(disk, HEADER.pack(JOB_MAGIC, time.monotonic_ns(), len(records)), 0)
-        finally:
-            os.close(disk)
+        with self.disk.open("r+b") as disk:
+            disk.seek(SECTOR)
+            disk.write(records)
+            disk.flush()
+            disk.seek(0)
+            disk.write(HEADER.pack(JOB_MAGIC, time.monotonic_ns(), len(records)))
 
     def _follow(self, job: Job, shown: Callable[[bytes], None], deadline: float) -> tuple[Outcome, str]:
         """What the job left, and why it was not run if it was not."""
@@ -201,7 +201,7 @@ class Machine:
                 outcome.output, outcome.errors = bytes(output), bytes(errors)
                 return outcome, ""
             elif kind == REFUSED:
-                return Outcome(), content.decode(errors="replace")
+                return Outcome(), content.decode(errors="replace").strip()
             else:
                 raise MachineError(f"the emulated machine is broken: it sends a frame of kind {kind}")
 
@@ -250,12 +250,13 @@ class OwnMachine(Machine):
     def __init__(
         self, folder: Path, command: Sequence[str], *, pass_fds: Sequence[int] = (), restored: bool = False
     ) -> None:
-        """Start it in this folder, which is ours. The command names what is there by relative paths,
-        and what it prints are the machine's answers. restored: it is ready from the beginning."""
+        """Start it in this folder, which is ours: the command names what is there by relative paths.
+        restored: it is ready from the beginning."""
         with (folder / "disk").open("wb") as disk:
             disk.truncate(DISK_SIZE)
         os.mkfifo(folder / "answers")
         super().__init__(folder)
+        # Its to keep open: that nobody has the pipe open for writing says that the emulator is dead.
         answers = os.open(folder / "answers", os.O_WRONLY | os.O_CLOEXEC)
         with (folder / "emulator.log").open("wb") as log:
             # Killed when this process is gone, however it went; and not by a Ctrl-C that is ours.
@@ -263,9 +264,9 @@ class OwnMachine(Machine):
                 ["setpriv", "--pdeathsig", "KILL", *command],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
-                stdout=answers,
+                stdout=log,
                 stderr=log,
-                pass_fds=pass_fds,
+                pass_fds=[*pass_fds, answers],
                 start_new_session=True,
             )
         os.close(answers)

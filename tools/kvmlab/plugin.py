@@ -24,8 +24,8 @@ class Round(NamedTuple):
     engine: str
     seed: int
 
-    def __str__(self) -> str:
-        return f"{self.engine}, seed {self.seed}"
+    def __repr__(self) -> str:
+        return f"{self.engine} with seed {self.seed}"
 
 
 # A run that `make run` has already made: the checks judge it instead of making their own.
@@ -82,13 +82,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    rounds: list[Round] = config.stash[ROUNDS]
-    return "lessons run on: " + "; ".join(map(str, rounds))
+    return f"lessons run on: {config.stash[ROUNDS]}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "run" in metafunc.fixturenames and metafunc.definition.path.name == "test_lesson.py":
-        metafunc.parametrize("run", metafunc.config.stash[ROUNDS], indirect=True, scope="module", ids=str)
+        rounds: list[Round] = metafunc.config.stash[ROUNDS]
+        metafunc.parametrize("run", rounds, indirect=True, scope="module", ids=str)
 
 
 @pytest.fixture(scope="session")
