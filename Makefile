@@ -39,11 +39,14 @@ test: setup-test setup-svm setup-vmx ## [ENGINE=kvm,svm,vmx]  everything that mu
 cover: setup-cover ## line coverage of the VMM and of the guest runtime, as HTML in build/cover
 	@tools/cover
 
+doctor: ## which engines work on this machine, and what to type where one does not
+	@PYTHONPATH=tools PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m kvmlab.doctor
+
 lint: setup-lint ## [FIX=1]  formatting, static analysis and types of all sources
 	@tools/lint
 
 setup: ## install every package that any of these commands needs
-	@tools/setup run test cover lint
+	@tools/setup run test svm vmx cover lint
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1 \2/p' $(firstword $(MAKEFILE_LIST)) | sed -E 's/  ([a-z])/  \1/'
@@ -54,7 +57,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check list hint handout test cover lint setup help clean build-lesson build-all build-asan
+.PHONY: run check list hint handout test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 
