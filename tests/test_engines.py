@@ -1,6 +1,7 @@
 """The engines: the same run on each of them, which of them is taken and why, and what a user reads when
 an emulated one goes wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from variants import ENVIRONMENT, NAMES, Variant, command
 
-from kvmlab import cache, engine, lesson, runner, trace
+from kvmlab import cache, engine, lesson, machine, runner, trace
 from kvmlab.engine import CannotRun, Engine, Svm, Vmx
 from kvmlab.lesson import UsageError
 from kvmlab.machine import MachineError
@@ -208,6 +209,21 @@ def test_a_value_that_kvm_refuses_leaves_the_machine_usable(engines: Engines, bu
 
 
 # ---- when it goes wrong ----
+
+
+@pytest.mark.usefixtures("_vmx")
+def test_a_guest_that_nothing_stops_hangs_on_vmx_too(variant: StartVariant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of its own, for it is of no use afterwards."""
+    monkeypatch.delenv(engine.SHARED_VMX)
+    monkeypatch.setattr(machine, "PATIENCE", 5)
+    wrong = variant("01-vm-exit")
+    wrong.patch("spin-instead-of-halt")
+    wrong.make_all()
+    with contextlib.closing(Vmx()) as vmx:
+        run = runner.run(runner.lesson_built(wrong.build, wrong.name), time_limit=1, engine=vmx)
+    assert run.status == 4
+    assert run.errors.startswith("vmm: the guest hangs: with interrupts off")
+    assert run.errors.count("\n") == 1
 
 
 class Watched(subprocess.Popen[str]):

@@ -39,7 +39,9 @@ def test_a_wrong_solution_is_caught_by_the_checks_it_names(
     mutant = variant(patch.parent.name)
     mutant.patch(patch.stem)
     mutant.make_all()
-    verdicts = {engine: expect_caught(patch, mutant.run(engine=engine)) for engine in engines}
+    # On vmx a guest that spins with interrupts off cannot be stopped (tests/deviations.toml).
+    able = [engine for engine in engines if engine != "vmx" or said_by(patch, "Status") != ["4"]]
+    verdicts = {engine: expect_caught(patch, mutant.run(engine=engine)) for engine in able}
     assert len(set(map(str, verdicts.values()))) == 1, f"the engines differ: {verdicts}"
 
 

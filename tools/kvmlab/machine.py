@@ -39,12 +39,16 @@ DONE_FRAME = struct.Struct(f"={1 + RESULTS}q")
 DISK_SIZE = 256 * 16 * 63 * SECTOR
 
 # Beyond the job's own limit, which the machine's clock measures: an emulator may be as slow as this.
-PATIENCE = 60.0
+PATIENCE = 20.0
 START_MOST = 300.0
 
 
 class MachineError(Exception):
     """The machine is of no use, and says in one line why: exit status 5."""
+
+
+class MachineHangsError(MachineError):
+    """It does not answer."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ class Machine:
         """What the machine says next."""
         readable, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
         if not readable:
-            raise MachineError("the emulated machine does not answer: its emulator hangs")
+            raise MachineHangsError("the emulated machine does not answer: its emulator hangs")
         if read := os.read(self._answers, 1 << 20):
             return read
         raise MachineError(f"the emulator died{self._last_words()}")
