@@ -55,7 +55,7 @@ static void run(const struct probe *probe) {
     must(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot), "KVM_SET_USER_MEMORY_REGION");
     memcpy(memory + CODE, probe->code, sizeof probe->code);
     memory[HANDLER] = HLT;
-    for (int vector = 0; vector < 256; vector++)
+    for (size_t vector = 0; vector < 256; vector++)
         memcpy(memory + 4 * vector, &(uint32_t){HANDLER}, 4);
 
     int vcpu = must(ioctl(vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");

@@ -238,7 +238,8 @@ static bool module_load(const char *name, const char *params) {
 
 static bool modules_load(const char *kvm_params, const char *vendor_params) {
     bool loaded = module_load("kvm", kvm_params) && module_load(vendor_module, vendor_params);
-    snprintf(loaded_params[0], sizeof loaded_params[0], "%s", loaded ? kvm_params : "none is loaded");
+    snprintf(loaded_params[0], sizeof loaded_params[0], "%s",
+             loaded ? kvm_params : "none is loaded");
     snprintf(loaded_params[1], sizeof loaded_params[1], "%s", vendor_params);
     return loaded;
 }
