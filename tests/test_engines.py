@@ -199,6 +199,14 @@ def test_a_parameter_that_kvm_has_not_is_named(build: Path) -> None:
         runner.run(runner.lesson_built(build, "02-paging"), engine=Svm("ept=0"))
 
 
+@pytest.mark.usefixtures("_svm")
+@pytest.mark.parametrize("name", ["run", "check"])
+def test_a_parameter_that_kvm_has_not_gets_one_line_and_status_2(variant: StartVariant, name: str) -> None:
+    shown = variant("02-paging").kvmlab(name, "2", "--engine=svm", "--kvm-params=ept=0")
+    assert shown.status == 2
+    assert re.fullmatch(r"kvmlab: KVM_PARAMS=ept=0: .*\n", shown.errors), str(shown)
+
+
 @pytest.mark.usefixtures("_vmx")
 def test_a_value_that_kvm_refuses_leaves_the_machine_usable(engines: Engines, build: Path) -> None:
     built = runner.lesson_built(build, "02-paging")

@@ -36,7 +36,7 @@ class _Collector:
         self.recorded = recorded
         self.verdicts: list[Verdict] = []
         self.errors: list[str] = []
-        self.not_run = ""
+        self.not_run: Exception | None = None
 
     def pytest_configure(self, config: pytest.Config) -> None:
         config.stash[plugin.OPENED] = {self.engine.name: self.engine}
@@ -53,11 +53,11 @@ class _Collector:
         run = item.funcargs.get("run")
         error = call.excinfo.value if call.excinfo else None
         if isinstance(run, Run) and not run.events:
-            self.not_run = run.errors.strip()
+            self.not_run = HostError(run.errors.strip())
         elif isinstance(error, MachineError | UsageError | OSError):
-            self.not_run = f"kvmlab: {error}"
+            self.not_run = error
         if self.not_run:
-            item.session.shouldstop = self.not_run
+            item.session.shouldstop = str(self.not_run)
         seed = item.callspec.params["run"].seed  # type: ignore[attr-defined]
         assert isinstance(seed, int)
         if error is None:
@@ -89,9 +89,7 @@ def judge(
     options = [*project, "-p", "no:terminal", "-p", "no:cacheprovider", f"--build={build}"]
     options += [f"--engines={engine.name}", "--seeds=" + ",".join(map(str, seeds))]
     if pytest.main([str(lesson.tests), *options], plugins=[collector]) == pytest.ExitCode.INTERRUPTED:
-        if collector.not_run:
-            raise HostError(collector.not_run)
-        raise KeyboardInterrupt
+        raise collector.not_run or KeyboardInterrupt
     if collector.errors or not collector.verdicts:
         raise RuntimeError(f"{lesson.tests} cannot be used:\n" + "\n".join(collector.errors))
     if differing := lesson.points.keys() ^ {verdict.check for verdict in collector.verdicts}:
