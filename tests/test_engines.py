@@ -180,7 +180,8 @@ def test_a_run_with_ktrace_shows_what_kvm_did(variant: StartVariant) -> None:
 
 def test_a_trace_stands_before_the_exit_that_it_led_to() -> None:
     kinds = ["start", "exit", "device", "exit", "end"]
-    record = "".join(json.dumps({"seq": i, "ns": 1000 * i, "kind": kind}) + "\n" for i, kind in enumerate(kinds))
+    events = [{"seq": i, "ns": 1000 * i, "kind": kind, "version": 1} for i, kind in enumerate(kinds)]
+    record = "".join(json.dumps(event) + "\n" for event in events)
     line = "   vmm-78      [000] d..1.  2.{:06}: {}\n"
     said = ["kvm_entry: vcpu 0", "kvm_userspace_exit: reason restart (4)", "kvm_userspace_exit: reason KVM_EXIT_IO (2)"]
     said += ["kvm_exit: vcpu 0 reason npf rip 0x1", "kvm_userspace_exit: reason KVM_EXIT_MMIO (6)", "kvm_entry: last"]

@@ -15,7 +15,7 @@ from kvmlab.plugin import ROOT
 pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
-PROOF = {f"tests/{name}" for name in ("test_commands.py", "test_handout.py", "test_lessons.py", "variants.py")}
+PROOF = {f"tests/test_{name}.py" for name in ("commands", "engines", "handout", "lessons")} | {"tests/variants.py"}
 
 
 @pytest.fixture(scope="session")

@@ -190,6 +190,7 @@ static void disk_transfer(uint8_t command, size_t offset, uint8_t *bytes, size_t
         else
             port_send_words(DISK_DATA, bytes + at, BLOCK / 4);
     }
+    disk_wait(); /* until the last block is written, too */
 }
 
 /* ================================ Files ================================ */

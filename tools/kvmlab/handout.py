@@ -11,7 +11,6 @@ from kvmlab.lesson import UsageError
 _LEFT_OUT = {
     "tests/mutants",
     "tests/test_commands.py",
-    "tests/test_deviations.py",
     "tests/test_engines.py",
     "tests/test_handout.py",
     "tests/test_lessons.py",

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from kvmlab import events
 from kvmlab.events import Event
 
 # Task, processor, flags, seconds, tracepoint, and what it says.
@@ -24,8 +25,7 @@ def merge(record: bytes, trace: str) -> bytes:
     for each event of the kind "exit", in the same order: what the trace says up to there stands before."""
     points = _points(trace)
     merged: list[dict[str, Any]] = []
-    for line in record.splitlines():
-        event = json.loads(line)
+    for event in (event.recorded for event in events.parse(record)):
         if event["kind"] == "exit":
             merged += _up_to_return(points, event["ns"])
         if event["kind"] == "end":
@@ -34,10 +34,10 @@ def merge(record: bytes, trace: str) -> bytes:
     return b"".join(json.dumps(event | {"seq": seq}).encode() + b"\n" for seq, event in enumerate(merged))
 
 
-def summary(events: Iterable[Event]) -> str:
+def summary(run: Iterable[Event]) -> str:
     """How often each tracepoint was passed, and why."""
     counts: dict[str, Counter[str]] = {}
-    for event in events:
+    for event in run:
         if event.kind == "trace":
             counts.setdefault(event.point, Counter())[event.get("reason", "")] += 1
     lines = ["what KVM did, by its tracepoints:"]
