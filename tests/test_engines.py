@@ -9,7 +9,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,8 +238,7 @@ class Watched(subprocess.Popen[str]):
     """A run on svm of a guest that never ends, once it has printed its first line."""
 
     def __init__(self, ours: Variant) -> None:
-        call = [sys.executable, "-m", "kvmlab", f"--lessons={ours.lessons}", f"--build={ours.build}"]
-        call += ["run", ours.name, "--engine=svm"]
+        call = ours.call("run", ours.name, "--engine=svm")
         environment = ENVIRONMENT | {"PYTHONPATH": "tools"}
         pipe = subprocess.PIPE
         super().__init__(call, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
@@ -320,8 +318,7 @@ def test_a_damaged_cache_is_made_again(
 def test_two_runs_that_need_a_cache_make_it_once(own_cache: Path, variant: StartVariant) -> None:
     shutil.rmtree(own_cache)
     ours = variant("02-paging")
-    call = [sys.executable, "-m", "kvmlab", f"--lessons={ours.lessons}", f"--build={ours.build}"]
-    call += ["run", ours.name, "--engine=svm"]
+    call = ours.call("run", ours.name, "--engine=svm")
     environment = ENVIRONMENT | {"PYTHONPATH": "tools", "KVMLAB_CACHE": str(own_cache.parent)}
     pipe = subprocess.PIPE
     both = [subprocess.Popen(call, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
@@ -337,8 +334,7 @@ def test_a_full_disk_is_named_in_one_line(own_cache: Path, variant: StartVariant
     mount = 'mount -t tmpfs -o size=$SIZE none "$PLACE" && cp -rn "$PACKAGES" "$PLACE"; exec "$@"'
     if command("unshare", "--mount", "true").status:
         pytest.skip("only root may mount a small file system")
-    call = ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, "-m", "kvmlab"]
-    call += [f"--lessons={ours.lessons}", f"--build={ours.build}", "run", ours.name, "--engine=svm"]
+    call = ["unshare", "--mount", "sh", "-c", mount, "sh", *ours.call("run", ours.name, "--engine=svm")]
     full = tmp_path / "full"
     full.mkdir()
     packages = own_cache.parent / "packages"

@@ -103,8 +103,11 @@ class Variant:
 
     def kvmlab(self, *arguments: str) -> Shown:
         """What is behind `make run` and `make check`: its status is not hidden by make's."""
-        call = [sys.executable, "-m", "kvmlab", f"--lessons={self.lessons}", f"--build={self.build}"]
-        return command(*call, *arguments, PYTHONPATH="tools", PYTHONDONTWRITEBYTECODE="1")
+        return command(*self.call(*arguments), PYTHONPATH="tools", PYTHONDONTWRITEBYTECODE="1")
+
+    def call(self, *arguments: str) -> list[str]:
+        """Its command line, for who does not want to wait for it; PYTHONPATH must name tools."""
+        return [sys.executable, "-m", "kvmlab", f"--lessons={self.lessons}", f"--build={self.build}", *arguments]
 
     def run(self, seed: int = 1, engine: str = "auto") -> Shown:
         return self.kvmlab("run", self.name, f"--seed={seed}", f"--engine={engine}")

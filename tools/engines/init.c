@@ -208,17 +208,21 @@ static void file_write(const char *path, const void *bytes, size_t size) {
 
 static void text_write(const char *path, const char *text) { file_write(path, text, strlen(text)); }
 
-/* The bytes of a file, -1 if there is none. Those of tracefs do not say their size before. */
-static int64_t file_read(const char *path, uint8_t *bytes, size_t most) {
+static uint8_t result_bytes[RESULT_MOST + BLOCK];
+
+/* Put the bytes of a file into result_bytes: their number, or -1 if there is no file. Those of tracefs
+ * do not say their size before. */
+static int64_t result_read(const char *path) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return -1;
     size_t size = 0;
     ssize_t got;
-    while (size < most && (got = read(fd, bytes + size, most - size)) > 0)
+    while (size < RESULT_MOST && (got = read(fd, result_bytes + size, RESULT_MOST - size)) > 0)
         size += (size_t)got;
-    if (lseek(fd, 0, SEEK_END) > (off_t)most && lseek(fd, -RESULT_TAIL, SEEK_END) > 0)
-        size = most - RESULT_TAIL + (size_t)read(fd, bytes + most - RESULT_TAIL, RESULT_TAIL);
+    if (lseek(fd, 0, SEEK_END) > RESULT_MOST && lseek(fd, -RESULT_TAIL, SEEK_END) > 0 &&
+        (got = read(fd, result_bytes + RESULT_MOST - RESULT_TAIL, RESULT_TAIL)) > 0)
+        size = RESULT_MOST - RESULT_TAIL + (size_t)got;
     close(fd);
     return (int64_t)size;
 }
@@ -276,7 +280,6 @@ static void trace_stop(void) { text_write(TRACING "events/kvm/enable", "0"); }
 /* ================================ Jobs ================================ */
 
 static uint8_t job_bytes[JOB_MOST + BLOCK];
-static uint8_t result_bytes[RESULT_MOST + BLOCK];
 
 struct job {
     char *arguments[ARGUMENTS + 1];
@@ -401,25 +404,25 @@ static int job_run(const struct job *job) {
     return status;
 }
 
-static void result_write(size_t *at, int64_t *size) {
-    if (*size < 0)
-        return;
-    disk_transfer(WRITE_MULTIPLE, *at, result_bytes, (size_t)*size);
-    *at += ((size_t)*size + BLOCK - 1) / BLOCK * BLOCK;
+/* Write result_bytes to the disk; gives the offset of the next result. */
+static size_t result_write(size_t at, int64_t size) {
+    if (size < 0)
+        return at;
+    disk_transfer(WRITE_MULTIPLE, at, result_bytes, (size_t)size);
+    return at + ((size_t)size + BLOCK - 1) / BLOCK * BLOCK;
 }
 
 static void job_finish(const struct job *job, int status) {
     struct done done = {.status = status};
     memset(done.sizes, -1, sizeof done.sizes);
-    size_t at = RESULTS_AT;
     done.sizes[0] = klogctl(3 /* SYSLOG_ACTION_READ_ALL */, (char *)result_bytes, RESULT_MOST);
-    result_write(&at, &done.sizes[0]);
+    size_t at = result_write(RESULTS_AT, done.sizes[0]);
     if (job->trace)
-        done.sizes[1] = file_read(TRACING "trace", result_bytes, RESULT_MOST);
-    result_write(&at, &done.sizes[1]);
+        done.sizes[1] = result_read(TRACING "trace");
+    at = result_write(at, done.sizes[1]);
     for (int i = 0; i < job->result_count; i++) {
-        done.sizes[2 + i] = file_read(job->results[i], result_bytes, RESULT_MOST);
-        result_write(&at, &done.sizes[2 + i]);
+        done.sizes[2 + i] = result_read(job->results[i]);
+        at = result_write(at, done.sizes[2 + i]);
     }
     send_frame(FRAME_DONE, &done, sizeof done);
 }

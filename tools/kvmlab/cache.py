@@ -35,14 +35,8 @@ QEMU = [
     *["-nodefaults", "-display", "none", "-no-reboot", "-serial", "file:kernel.log"],
     *["-chardev", "file,id=answers,path=answers", "-device", "isa-parallel,chardev=answers"],
     *["-chardev", "null,id=none", "-device", "isa-debugcon,iobase=0xe9,chardev=none"],
-    *[
-        "-drive",
-        "file=disk,format=raw,if=none,id=disk,werror=report",
-        "-device",
-        "isa-ide,id=jobs",
-        "-device",
-        "ide-hd,bus=jobs.0,drive=disk",
-    ],
+    *["-drive", "file=disk,format=raw,if=none,id=disk,werror=report"],
+    *["-device", "isa-ide,id=jobs", "-device", "ide-hd,bus=jobs.0,drive=disk"],
 ]
 QEMU_KERNEL = f"console=ttyS0 quiet {KERNEL_OPTIONS}"
 

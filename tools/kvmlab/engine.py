@@ -136,15 +136,16 @@ class Vmx(Emulated):
     def __init__(self, params: str = "", trace: bool = False) -> None:
         super().__init__(params, trace)
         self._machine: Machine | None = None
+        self._settings = Settings()
         self._closing = contextlib.ExitStack()
 
     def run(self, job: Job) -> Outcome:
-        place = cache.ready(self.name)
-        settings = self.settings(place)
         if not self._machine:
+            place = cache.ready(self.name)
+            self._settings = self.settings(place)
             self._machine = self._closing.enter_context(contextlib.closing(self._attach(place)))
         try:
-            return self._machine.run(job, settings, _show)
+            return self._machine.run(job, self._settings, _show)
         except MachineHangsError:
             # On Bochs no interrupt gets through to a guest that loops with interrupts off and never
             # exits (tests/deviations.toml): neither does the VMM's time limit.
@@ -205,9 +206,7 @@ def choose(lesson: Lesson, wanted: str, params: str, trace: bool) -> tuple[Engin
     if wanted != "auto" and wanted not in ENGINES:
         raise UsageError(f"ENGINE={wanted}: there are auto, {', '.join(ENGINES)}")
     objections = []
-    for name, kind in ENGINES.items():
-        if wanted not in ("auto", name):
-            continue
+    for name in ENGINES if wanted == "auto" else [wanted]:
         if objection := _objection(lesson, name, params, trace):
             objections.append(f"{name}: {objection}" if wanted == "auto" else objection)
             continue
@@ -215,7 +214,8 @@ def choose(lesson: Lesson, wanted: str, params: str, trace: bool) -> tuple[Engin
         if name == "kvm" and wanted == "auto" and (problem := kvm_problem()):
             objections.append(problem)
             continue
-        return kind(params, trace), f"engine: {name} ({'; '.join([kind.what, *objections])})"
+        chosen = ENGINES[name](params, trace)
+        return chosen, f"engine: {name} ({'; '.join([chosen.what, *objections])})"
     raise CannotRun(f"lesson {lesson.number} cannot run on ENGINE={wanted}: {'; '.join(objections)}")
 
 

@@ -38,6 +38,7 @@ DONE_FRAME = struct.Struct(f"={1 + RESULTS}q")
 # A disk needs a geometry on Bochs: 256 cylinders of 16 heads of 63 sectors, 126 MiB.
 DISK_SIZE = 256 * 16 * 63 * SECTOR
 
+TIME_LIMIT = 10.0
 # Beyond the job's own limit, which the machine's clock measures: an emulator may be as slow as this.
 PATIENCE = 20.0
 START_MOST = 300.0
@@ -61,7 +62,7 @@ class Job:
     stdin: bytes = b""
     # The user watches: what the command prints to its output is shown at once, and not kept.
     watched: bool = False
-    time_limit: float = 10.0
+    time_limit: float = TIME_LIMIT
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Machine:
             busy.unlink()
 
     def wait_until_ready(self) -> None:
-        """Until init has loaded KVM: what the emulator itself prints before is not for us."""
+        """Until init has loaded KVM, or says why it cannot."""
         if (self.folder / "ready").exists():
             return
         deadline = time.monotonic() + START_MOST

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from kvmlab import cache, runner
+from kvmlab.cache import ROOT as ROOT
 from kvmlab.engine import ENGINES, SHARED_VMX, Engine, kvm_problem, start_vmx
 from kvmlab.lesson import Lesson, load
 from kvmlab.runner import Built, Run
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Round(NamedTuple):
@@ -52,11 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     given = decided.get("engines") or config.getoption("--engines")
     engines = given.split(",") if given else ["svm" if kvm_problem() else "kvm"]
     config.stash[ROUNDS] = [Round(engine, seed) for engine in engines for seed in seeds]
-    if not decided and not config.option.collectonly:
-        for name in (name for name in engines if name not in opened):
-            if name == "vmx":
-                _share_vmx(config)
-            opened[name] = ENGINES[name]()
+    if "vmx" in engines and "vmx" not in opened and not decided and not config.option.collectonly:
+        _share_vmx(config)
 
 
 def _share_vmx(config: pytest.Config) -> None:

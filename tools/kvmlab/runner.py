@@ -14,9 +14,8 @@ from kvmlab import events as record
 from kvmlab import trace
 from kvmlab.engine import Engine, Kvm
 from kvmlab.events import Event
-from kvmlab.machine import Job, Outcome
+from kvmlab.machine import TIME_LIMIT, Job, Outcome
 
-TIME_LIMIT = 10.0
 EVENTS = "events.jsonl"
 
 
