@@ -101,12 +101,14 @@ $(BUILD)/guest/%.o: guest/%.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_COVERAGE) -c $< -o $@
 
-$(BUILD)/vmm/vmm.o: vmm/vmm.c $(HEADERS) Makefile
+VMM_OBJECTS = $(BUILD)/vmm/vmm.o $(BUILD)/vmm/image.o
+
+$(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(VMM_CFLAGS) -c $< -o $@
 
-$(BUILD)/vmm/vmm: $(BUILD)/vmm/vmm.o
-	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $< -o $@
+$(BUILD)/vmm/vmm: $(VMM_OBJECTS)
+	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
 # A lesson: image.elf from guest.c, and a VMM of its own where it has a host.c.
 $(BUILD)/lessons/%/guest.o: $(LESSONS)/%/guest.c $(GUEST_HEADERS) Makefile
@@ -120,7 +122,7 @@ $(BUILD)/lessons/%/host.o: $(LESSONS)/%/host.c $(HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(VMM_CFLAGS) -c $< -o $@
 
-$(BUILD)/lessons/%/vmm: $(BUILD)/lessons/%/host.o $(BUILD)/vmm/vmm.o
+$(BUILD)/lessons/%/vmm: $(BUILD)/lessons/%/host.o $(VMM_OBJECTS)
 	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
 # The guests of the tests: one file each.

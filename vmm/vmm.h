@@ -1,0 +1,61 @@
+/*
+ * What vmm.c and image.c need of each other. Lessons use include/host.h.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#include "host.h"
+
+#define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
+#define MIB (UINT64_C(1) << 20)
+
+/* The exit status of the VMM; README lists them, and `make run` passes them on. */
+enum status {
+    STATUS_OK = 0,     /* the guest ended the run, as a success */
+    STATUS_FAILED = 1, /* the guest ended the run, reporting failure, or is not written yet */
+    STATUS_USAGE = 2,  /* the command line makes no sense */
+    STATUS_CRASH = 3,  /* triple fault, unhandled exception, emulation failure, unknown access */
+    STATUS_HANG = 4,   /* the time limit, or a halt that nothing can end */
+    STATUS_HOST = 5,   /* the host refused something: KVM, a file, memory */
+    STATUS_SIGNALLED = 128, /* plus the number of the signal */
+};
+
+/* ---- vmm.c ---- */
+
+/* Something outside the guest is wrong: say so in one line and leave. */
+__attribute__((format(printf, 2, 3))) _Noreturn void die(enum status status, const char *format,
+                                                         ...);
+
+/* The one way from a gpa to a pointer: NULL unless all of [gpa, gpa + size) is RAM. */
+__attribute__((warn_unused_result)) void *memory_at(gpa_t gpa, uint64_t size);
+uint64_t memory_size(void); /* bytes, from gpa 0 */
+
+/* What the boot data structures take, from BOOT_DATA_GPA; no segment of an image may lie there. */
+#define BOOT_DATA_GPA UINT64_C(0x6000)
+#define BOOT_DATA_SIZE UINT64_C(0x2000)
+
+/* ---- image.c ---- */
+
+/* Which registers and which data an image expects when it is entered. */
+struct entry {
+    enum entry_protocol { ENTRY_PVH, ENTRY_MULTIBOOT } protocol;
+    gpa_t gpa; /* in memory, and below 4 GiB */
+};
+
+/* In this order. What is wrong with the file ends the VMM with one line. */
+void image_open(const char *path);
+/* What machine does the image ask for? Without a note, defaults hold. */
+struct machine_note image_machine(void);
+/* Put the image into guest memory and find its entry point. */
+struct entry image_load(void);
+void symbols_load(void);
+
+/* Returned by value, so that one message can hold several. */
+struct symbol_text {
+    char text[80];
+};
+/* "name+0x1a" of the last symbol at or before gva; empty if the image has none there. */
+struct symbol_text symbol_at(gva_t gva);
+/* An address for a person: "0x100a32 (console_write+0x12)". */
+struct symbol_text symbol_or_address(gva_t gva);
