@@ -21,6 +21,13 @@
  *             Of both: the rip of a write may be that of the instruction or of the next one. What a read
  *             gave is known only when it has been served: events that a device adds while it serves
  *             a read stand before the exit, those of a write behind it.
+ *   inject    the host half puts an event into the guest: type ("interrupt", "nmi", "exception"), vector,
+ *             error_code (absent if there is none); and of the last exit rip, symbol, if_flag, ready
+ *             (kvm_run's ready_for_interrupt_injection)
+ *   entry     KVM_RUN is about to be called, on a machine whose host half has before_entry. entry: the
+ *             number of the exit that will end it; of the last exit if_flag, ready; window: an interrupt
+ *             window is requested; what the guest takes with it: the vectors exception, interrupt (absent
+ *             if there is none), and nmi_injected, nmi_pending, nmi_masked as KVM_GET_VCPU_EVENTS has them
  *   unknown   an access that no device claims: space ("port" or "gpa"), address, is_write, size
  *   panic     the guest gave up: reason ("exception", "message", "todo", "?" if there is no panic
  *             where it says), message, location; of an exception vector, error_code, cr2, rip, symbol

@@ -35,8 +35,9 @@ typedef void (*access_handler)(struct access *access);
 struct host_half {
     /* Once, when the machine is built and the image is loaded, before the first entry. */
     void (*setup)(void);
-    /* Before every entry. A machine whose host half has this goes on after a halt with interrupts on:
-     * the host half may have ended it. */
+    /* Before every entry: the place to put an event into the guest, and to look at what the last exit
+     * has left. The guest goes on after a halt only if this injects something, or, with interrupts
+     * on, asks for an interrupt window. Each entry of a machine that has this is recorded. */
     void (*before_entry)(void);
     /* An access to a gpa that is neither memory nor claimed. True: served, the run goes on. False:
      * it is what the machine note says unknown I/O is. */
@@ -48,7 +49,8 @@ struct host_half {
 extern const struct host_half host_half;
 
 /* Claim ports or gpas, in setup. A range that overlaps a claimed one is a bug of the host half and
- * ends the VMM with one line; so is MMIO where there is memory. An access that straddles the end of a range belongs to nobody. */
+ * ends the VMM with one line; so is MMIO where there is memory. An access that straddles the end of a
+ * range belongs to nobody. */
 void host_claim_pio(uint16_t first, uint32_t ports, const char *name, access_handler handler);
 void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_handler handler);
 
@@ -62,6 +64,42 @@ __attribute__((warn_unused_result)) void *host_memory(gpa_t gpa, uint64_t size);
 /* The registers at this exit, as KVM_CAP_SYNC_REGS brought them. */
 const struct kvm_regs *host_regs(void);
 const struct kvm_sregs *host_sregs(void);
+
+/*
+ * The page that KVM and the VMM share: KVM API, "5. The kvm_run structure". Of the last exit it has
+ * exit_reason, if_flag and ready_for_interrupt_injection; before the first, all of them are 0.
+ * request_interrupt_window is the host half's to set. Everything else in it is for reading.
+ */
+struct kvm_run *host_run(void);
+
+/*
+ * An ioctl of the vCPU or of the VM, by its name in the KVM API, with a pointer to the structure that
+ * it takes, or with a number. The answer is the ioctl's; if KVM refuses, the VMM ends with one line.
+ *
+ *     host_vcpu(KVM_INTERRUPT, &(struct kvm_interrupt){.irq = vector});
+ *     host_vcpu_number(KVM_NMI, 0);
+ *
+ * What puts an event into the guest (KVM_INTERRUPT, KVM_NMI, KVM_SET_VCPU_EVENTS) is recorded. Set
+ * registers with KVM_SET_REGS and KVM_SET_SREGS: host_regs() shows those of the last exit until the
+ * next.
+ */
+#define host_vcpu(request, pointer) \
+    host_vcpu_ioctl(request, #request, HOST_ARGUMENT(request, pointer))
+#define host_vcpu_number(request, number) \
+    host_vcpu_ioctl(request, #request, (void *)(uintptr_t)(number))
+#define host_vm(request, pointer) host_vm_ioctl(request, #request, HOST_ARGUMENT(request, pointer))
+#define host_vm_number(request, number) \
+    host_vm_ioctl(request, #request, (void *)(uintptr_t)(number))
+int host_vcpu_ioctl(unsigned long request, const char *name, const void *argument);
+int host_vm_ioctl(unsigned long request, const char *name, const void *argument);
+
+/* The pointer, if it is to a structure of the size that the request itself encodes. (Of those that
+ * end in an array, that is the size without it.) */
+#define HOST_ARGUMENT(request, pointer)                                                          \
+    ({                                                                                           \
+        _Static_assert(_IOC_SIZE(request) == sizeof *(pointer), #request " takes another type"); \
+        (const void *)(pointer);                                                                 \
+    })
 
 /* KVM's own answer to gva -> gpa, in the vCPU's current address space: KVM_TRANSLATE. KVM walks as
  * the CPU does: it sets the accessed bits of the entries it uses. */

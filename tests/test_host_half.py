@@ -151,10 +151,10 @@ def test_end_is_called_once_and_before_entry_before_each_entry(words: tuple[str,
     assert event.seq == recorded.end.seq - 1
 
 
-def test_with_before_entry_a_halt_is_left_to_the_host_half(api: Built) -> None:
-    """It may have put an interrupt into the guest; so the VMM just enters again."""
-    recorded = run(api, "NOTHING", "halt=1")
-    assert (recorded.status, recorded.output) == (0, "done\n")
+def test_a_halt_that_the_host_half_does_nothing_about_is_a_hang_at_once(api: Built) -> None:
+    recorded = run(api, "NOTHING", "halt=1", time_limit=60)
+    assert (recorded.status, recorded.end.how) == (4, "halt")
+    assert "the host half neither injects an event nor asks for an interrupt window" in recorded.errors
     assert [event.if_flag for event in recorded.all("exit", reason="HLT")] == [1]
 
 

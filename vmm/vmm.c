@@ -85,7 +85,7 @@ void die(enum status status, const char *format, ...) {
     exit(status);
 }
 
-static int ioctl_or_die(int fd, unsigned long request, const char *name, void *argument) {
+static int ioctl_or_die(int fd, unsigned long request, const char *name, const void *argument) {
     int result = ioctl(fd, request, argument);
     if (result < 0)
         die(STATUS_HOST, "%s failed: %s", name, strerror(errno));
@@ -96,11 +96,8 @@ static int ioctl_or_die(int fd, unsigned long request, const char *name, void *a
  * request itself encodes. KVM_GET/SET_CPUID2 and the like encode the size of the fixed part. */
 #define KVM_NUMBER(fd, request, number) \
     ioctl_or_die(fd, request, #request, (void *)(uintptr_t)(number))
-#define KVM_STRUCT(fd, request, pointer)                                                         \
-    ({                                                                                           \
-        _Static_assert(_IOC_SIZE(request) == sizeof *(pointer), #request " takes another type"); \
-        ioctl_or_die(fd, request, #request, pointer);                                            \
-    })
+#define KVM_STRUCT(fd, request, pointer) \
+    ioctl_or_die(fd, request, #request, HOST_ARGUMENT(request, pointer))
 
 static uint64_t clock_ns(void) {
     struct timespec now;
@@ -370,6 +367,9 @@ static struct {
     struct entry entry;
     int kvm, vm, vcpu;
     struct kvm_run *run; /* shared with the kernel: the last exit, and the registers */
+    bool is_changed;     /* the host half has changed the vCPU since the last exit, */
+    bool is_injected;    /* by putting an event into it */
+    bool is_halted;      /* the last exit was that of a halt which only an event can end */
 } machine;
 
 /* The options override what the image asks for. */
@@ -1359,18 +1359,9 @@ static void exit_mmio(void) {
     bus_access(BUS_MMIO, &access);
 }
 
-/* With interrupts off, a halt is how a guest stops for good. With interrupts on it waits for one:
- * only a host half could send it, before the next entry. With a local APIC in the kernel there is no
- * such exit; the kernel waits. */
-static void exit_hlt(void) {
-    if (!machine.run->if_flag) {
-        run_end(STATUS_OK, "halt");
-        return;
-    }
-    if (half.before_entry)
-        return;
-    hang_end("halt", "hlt with interrupts on, and nothing here can interrupt it");
-}
+/* Whether anything can end the halt shows before the next entry: halt_end(). With a local APIC in the
+ * kernel there is no such exit; the kernel waits. */
+static void exit_hlt(void) { machine.is_halted = true; }
 
 static void exit_again(void) {}
 
@@ -1388,10 +1379,12 @@ static const struct exit_kind {
     [KVM_EXIT_DEBUG] = {"DEBUG", exit_again},
     [KVM_EXIT_HLT] = {"HLT", exit_hlt},
     [KVM_EXIT_MMIO] = {"MMIO", exit_mmio},
+    [KVM_EXIT_IRQ_WINDOW_OPEN] = {"IRQ_WINDOW_OPEN", exit_again},
     [KVM_EXIT_SHUTDOWN] = {"SHUTDOWN", triple_fault_end},
     [KVM_EXIT_FAIL_ENTRY] = {"FAIL_ENTRY", exit_fail_entry},
     [KVM_EXIT_INTR] = {"INTR", exit_again},
     [KVM_EXIT_INTERNAL_ERROR] = {"INTERNAL_ERROR", emulation_failure_end},
+    [KVM_EXIT_IOAPIC_EOI] = {"IOAPIC_EOI", exit_again},
 };
 _Static_assert(LENGTH(exit_kinds) <= LENGTH(exit_totals.by_reason), "each reason has a counter");
 
@@ -1490,6 +1483,45 @@ static void stop_end(void) {
     run_end((enum status)(STATUS_SIGNALLED + stop_signal), "signal");
 }
 
+/* What the guest takes with it into this entry. The vCPU's state came with the last exit; only what
+ * the host half has changed since then must be asked for. */
+static void entry_record(void) {
+    struct kvm_vcpu_events vcpu = machine.run->s.regs.events;
+    if (!events.file)
+        return;
+    if (machine.is_changed)
+        KVM_STRUCT(machine.vcpu, KVM_GET_VCPU_EVENTS, &vcpu);
+    event_begin("entry");
+    event_number("entry", run_totals.exits + 1);
+    event_number("if_flag", machine.run->if_flag);
+    event_number("ready", machine.run->ready_for_interrupt_injection);
+    event_number("window", machine.run->request_interrupt_window);
+    if (vcpu.exception.injected || vcpu.exception.pending)
+        event_number("exception", vcpu.exception.nr);
+    if (vcpu.interrupt.injected)
+        event_number("interrupt", vcpu.interrupt.nr);
+    event_number("nmi_injected", vcpu.nmi.injected);
+    event_number("nmi_pending", vcpu.nmi.pending);
+    event_number("nmi_masked", vcpu.nmi.masked);
+    event_end();
+}
+
+/* The guest has halted. With interrupts off it has stopped for good, unless it is given an NMI. With
+ * interrupts on it waits for one: KVM would go on behind the HLT at the next entry, with or without. */
+static void halt_end(void) {
+    bool if_flag = machine.run->if_flag;
+    machine.is_halted = false;
+    if (machine.is_injected || (if_flag && machine.run->request_interrupt_window))
+        return;
+    if (!if_flag)
+        run_end(STATUS_OK, "halt");
+    else if (half.before_entry)
+        hang_end("halt", "hlt with interrupts on, and the host half neither injects an event nor "
+                         "asks for an interrupt window");
+    else
+        hang_end("halt", "hlt with interrupts on, and nothing here can interrupt it");
+}
+
 /* The one place where something can still be put into the guest before it runs. */
 static void vcpu_prepare_entry(void) {
     /* Again for each step: KVM drops the trap flag with an instruction that it emulates. */
@@ -1500,6 +1532,11 @@ static void vcpu_prepare_entry(void) {
     }
     if (half.before_entry)
         half.before_entry();
+    if (machine.is_halted)
+        halt_end();
+    if (half.before_entry && !outcome.ended)
+        entry_record();
+    machine.is_changed = machine.is_injected = false;
 }
 
 /* One VM entry and the exit that ends it, with the time spent on either side. */
@@ -1526,12 +1563,16 @@ static void vcpu_enter(void) {
 }
 
 static void vm_run(void) {
-    while (!outcome.ended) {
+    for (;;) {
         vcpu_prepare_entry();
+        if (outcome.ended)
+            return;
         vcpu_enter();
         exit_dispatch();
         if (stop_signal && !outcome.ended)
             stop_end();
+        if (outcome.ended)
+            return;
     }
 }
 
@@ -1571,6 +1612,52 @@ struct kvm_translation host_translate(gva_t gva) {
     struct kvm_translation translation = {.linear_address = gva};
     KVM_STRUCT(machine.vcpu, KVM_TRANSLATE, &translation);
     return translation;
+}
+
+struct kvm_run *host_run(void) {
+    return machine.run;
+}
+
+static void inject_record(const char *type, uint64_t vector, const uint32_t *error_code) {
+    machine.is_injected = true;
+    event_begin_at_rip("inject");
+    event_string("type", type);
+    event_number("vector", vector);
+    if (error_code)
+        event_hex("error_code", *error_code);
+    event_number("if_flag", machine.run->if_flag);
+    event_number("ready", machine.run->ready_for_interrupt_injection);
+    event_end();
+}
+
+/* KVM_SET_VCPU_EVENTS sets all there is: what was not there before has been injected. */
+static void inject_record_new(const struct kvm_vcpu_events *new) {
+    struct kvm_vcpu_events old;
+    KVM_STRUCT(machine.vcpu, KVM_GET_VCPU_EVENTS, &old);
+    bool had_exception = old.exception.injected || old.exception.pending;
+    if ((new->exception.injected || new->exception.pending) &&
+        (!had_exception || new->exception.nr != old.exception.nr))
+        inject_record("exception", new->exception.nr,
+                      new->exception.has_error_code ? &new->exception.error_code : NULL);
+    if (new->interrupt.injected && !old.interrupt.injected)
+        inject_record("interrupt", new->interrupt.nr, NULL);
+    if ((new->nmi.injected && !old.nmi.injected) || (new->nmi.pending && !old.nmi.pending))
+        inject_record("nmi", VECTOR_NMI, NULL);
+}
+
+int host_vcpu_ioctl(unsigned long request, const char *name, const void *argument) {
+    machine.is_changed = true;
+    if (request == KVM_INTERRUPT)
+        inject_record("interrupt", ((const struct kvm_interrupt *)argument)->irq, NULL);
+    else if (request == KVM_NMI)
+        inject_record("nmi", VECTOR_NMI, NULL);
+    else if (request == KVM_SET_VCPU_EVENTS)
+        inject_record_new(argument);
+    return ioctl_or_die(machine.vcpu, request, name, argument);
+}
+
+int host_vm_ioctl(unsigned long request, const char *name, const void *argument) {
+    return ioctl_or_die(machine.vm, request, name, argument);
 }
 
 void host_todo(const char *location, const char *task) {
