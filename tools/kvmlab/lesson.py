@@ -26,6 +26,8 @@ class Lesson:
     not_on: dict[str, str]  # engines that cannot run it, and why
     points: dict[str, int]
     hints: list[Hint]
+    ends: str = ""  # how a run ends that does all it should, if the VMM calls it a failure
+    trace: bool = False  # record KVM's tracepoints in every run, where the engine can
 
     @property
     def name(self) -> str:
@@ -43,7 +45,8 @@ class Lesson:
 def load(folder: Path) -> Lesson:
     data = tomllib.loads((folder / "lesson.toml").read_text())
     hints = [Hint(hint["task"], hint["tiers"]) for hint in data["hints"]]
-    return Lesson(folder, data["title"], data.get("not_on", {}), data["points"], hints)
+    not_on, ends, trace = data.get("not_on", {}), data.get("ends", ""), data.get("trace", False)
+    return Lesson(folder, data["title"], not_on, data["points"], hints, ends, trace)
 
 
 def load_all(lessons: Path) -> list[Lesson]:

@@ -63,6 +63,8 @@ class Job:
     # The user watches: what the command prints to its output is shown at once, and not kept.
     watched: bool = False
     time_limit: float = TIME_LIMIT
+    # Record KVM's tracepoints, where the engine can.
+    trace: bool = False
 
 
 @dataclass
@@ -115,7 +117,7 @@ def _records(job: Job, settings: Settings) -> bytes:
         records += [_text(FILE, name), _record(CONTENT, content)]
     records += [_text(RESULT, name) for name in job.results]
     records += [_text(KVM_PARAMS, settings.kvm_params), _text(VENDOR_PARAMS, settings.vendor_params)]
-    if settings.trace:
+    if settings.trace or job.trace:
         records.append(_record(TRACE, b""))
     packed = b"".join(records)
     if len(packed) > JOB_MOST:

@@ -1,6 +1,7 @@
 """The pytest side of the harness: the fixtures that lessons and tests share."""
 
 import contextlib
+import functools
 import os
 import secrets
 import tempfile
@@ -117,7 +118,20 @@ def run(request: pytest.FixtureRequest, build: Path, lesson: Lesson, engines: di
     name, seed = request.param
     if name in lesson.not_on:
         pytest.skip(f"{name} cannot run this lesson: {lesson.not_on[name]}")
-    return runner.run(runner.lesson_built(build, lesson.name), seed=seed, engine=engines[name])
+    return runner.run(runner.lesson_built(build, lesson.name), seed=seed, trace=lesson.trace, engine=engines[name])
+
+
+@pytest.fixture(scope="module")
+def rerun(run: Run, build: Path, lesson: Lesson, engines: dict[str, Engine]) -> Callable[..., Run]:
+    """Run the lesson once more, with the same seed on the same engine, but on another machine: options
+    of the VMM, as in rerun("--irqchip=split"). Once for all checks that ask for the same."""
+
+    @functools.cache
+    def rerun(*options: str) -> Run:
+        built = runner.lesson_built(build, lesson.name)
+        return runner.run(built, options, seed=run.seed, trace=lesson.trace, engine=engines[run.engine])
+
+    return rerun
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kvmlab import events as record
-from kvmlab import trace
 from kvmlab.engine import Engine, Kvm
 from kvmlab.events import Event
 from kvmlab.machine import TIME_LIMIT, Job, Outcome
+from kvmlab.trace import merge
 
 EVENTS = "events.jsonl"
 
@@ -28,6 +28,7 @@ class Run:
     errors: str
     kernel_log: str = ""
     seed: int = 0
+    engine: str = Kvm.name
     events: list[Event] = field(default_factory=list)
 
     def all(self, kind: str, /, **fields: object) -> list[Event]:
@@ -71,18 +72,20 @@ def run(
     seed: int = 0,
     stdin: bytes = b"",
     time_limit: float = TIME_LIMIT,
+    trace: bool = False,
     engine: Engine | None = None,
 ) -> Run:
     """Run the image to its end, with everything captured; on this machine's KVM if no engine is named."""
-    job = _job(built, [*options, f"--time-limit={time_limit}"], seed, stdin=stdin, time_limit=time_limit)
-    outcome = (engine or Kvm()).run(job)
-    return _run(outcome, seed, _events(outcome))
+    job = _job(built, [*options, f"--time-limit={time_limit}"], seed, stdin=stdin, time_limit=time_limit, trace=trace)
+    engine = engine or Kvm()
+    outcome = engine.run(job)
+    return _run(outcome, seed, engine, _events(outcome))
 
 
-def run_on_terminal(built: Built, *, seed: int, events: Path, engine: Engine) -> Run:
+def run_on_terminal(built: Built, *, seed: int, events: Path, trace: bool = False, engine: Engine) -> Run:
     """Run the image with the user's own terminal as its console, and leave the events in this file."""
-    outcome = engine.run(_job(built, ["--summary", f"--time-limit={TIME_LIMIT}"], seed, watched=True))
-    run = _run(outcome, seed, _events(outcome, events))
+    outcome = engine.run(_job(built, ["--summary", f"--time-limit={TIME_LIMIT}"], seed, watched=True, trace=trace))
+    run = _run(outcome, seed, engine, _events(outcome, events))
     sys.stdout.flush()
     sys.stderr.write(run.errors + crash_location(built, run.errors))
     sys.stderr.flush()
@@ -101,17 +104,17 @@ def _events(outcome: Outcome, path: Path | None = None) -> list[Event]:
     """The record of the run, with the trace of its engine merged in; left in this file, if there is one."""
     lines = outcome.results.get(EVENTS, b"")
     if lines and outcome.trace:
-        lines = trace.merge(lines, outcome.trace)
+        lines = merge(lines, outcome.trace)
     if path and lines:
         path.write_bytes(lines)
     return record.parse(lines)
 
 
-def _run(outcome: Outcome, seed: int, events: list[Event]) -> Run:
+def _run(outcome: Outcome, seed: int, engine: Engine, events: list[Event]) -> Run:
     # As a shell has it: 128 and the number of the signal.
     status = outcome.status if outcome.status >= 0 else 128 - outcome.status
     output, errors = (text.decode(errors="replace") for text in (outcome.output, outcome.errors))
-    return Run(status, output, errors, outcome.kernel_log, seed, events)
+    return Run(status, output, errors, outcome.kernel_log, seed, engine.name, events)
 
 
 def crash_location(built: Built, errors: str) -> str:
