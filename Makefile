@@ -137,7 +137,7 @@ THE_LESSON = $(firstword $(filter $(LESSON) $(LESSON)-% 0$(LESSON)-%,$(ALL_LESSO
 lesson_files = $(BUILD)/lessons/$(1)/image.elf $(if $(filter $(1),$(HOST_LESSONS)),$(BUILD)/lessons/$(1)/vmm,$(BUILD)/vmm/vmm)
 
 # What a lesson includes from its own folder.
-$(foreach lesson,$(ALL_LESSONS),$(eval $(BUILD)/lessons/$(lesson)/guest.o $(BUILD)/lessons/$(lesson)/host.o: $(wildcard $(LESSONS)/$(lesson)/*.h)))
+$(foreach lesson,$(notdir $(wildcard $(LESSONS)/*)),$(eval $(BUILD)/lessons/$(lesson)/guest.o $(BUILD)/lessons/$(lesson)/host.o: $(wildcard $(LESSONS)/$(lesson)/*.h)))
 
 build-lesson: setup-run
 	@$(if $(LESSON),,echo "which lesson? say LESSON=n, as in: make $(firstword $(MAKECMDGOALS)) LESSON=1" >&2; exit 2)

@@ -12,6 +12,10 @@ import pytest
 # The modules here that are not tests: images.py and support.py.
 sys.path.insert(0, str(Path(__file__).parent))
 
+import support
+
+from kvmlab.runner import Built
+
 # A status of its own for what the sanitizers find, which no test expects.
 SANITIZER_STATUS = 99
 os.environ["ASAN_OPTIONS"] = f"exitcode={SANITIZER_STATUS}"
@@ -46,3 +50,15 @@ def call(vmm: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
         return done
 
     return function
+
+
+@pytest.fixture(scope="session")
+def host(vmm: Path) -> support.Host:
+    """The VMM with the host half of this name."""
+    return lambda name: support.make_half(vmm.parent.parent, f"{name}/vmm")
+
+
+@pytest.fixture(scope="session")
+def halves(host: support.Host, build: Path) -> support.Halves:
+    """Both halves of this name."""
+    return lambda name: Built(host(name), support.make_half(build, f"{name}/image.elf"))

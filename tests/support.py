@@ -1,6 +1,7 @@
 """What several tests of the VMM need."""
 
 import contextlib
+import fcntl
 import re
 import subprocess
 import threading
@@ -10,11 +11,16 @@ from typing import IO
 
 import pytest
 
+from kvmlab.plugin import ROOT
 from kvmlab.runner import Built
 
 # What the fixtures of these names give.
 Call = Callable[..., subprocess.CompletedProcess[bytes]]
 Guest = Callable[[str], Built]
+Host = Callable[[str], Path]
+Halves = Callable[[str], Built]
+
+HOSTS = ROOT / "tests" / "hosts"
 
 # For a test that the sanitizers would change or make too slow: it says which.
 only_plain = pytest.mark.parametrize("vmm", ["plain"], indirect=True)
@@ -29,6 +35,18 @@ def one_line(errors: bytes | str, *phrases: str) -> None:
     assert re.fullmatch(r".*\n", text), f"expected one line, seen:\n{text}"
     for phrase in phrases:
         assert phrase in text, f"expected {phrase!r} in: {text}"
+
+
+def make_half(build: Path, target: str) -> Path:
+    """Build a part of tests/hosts, which is laid out like lessons, with the flags of the rest of this build."""
+    flags = ["SANITIZE=1"] if build.name == "asan" else []
+    if (build / "vmm" / "vmm.gcno").exists():
+        flags.append("COVERAGE=1")
+    built = build / "lessons" / target
+    with (build / "lock").open("w") as lock:  # workers of xdist share the build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["make", "-s", *flags, f"BUILD={build}", f"LESSONS={HOSTS}", built], cwd=ROOT, check=True)
+    return built
 
 
 class Process(subprocess.Popen[bytes]):

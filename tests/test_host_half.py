@@ -1,46 +1,21 @@
 """The API of host halves (include/host.h), used well and badly."""
 
-import fcntl
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import one_line, only_plain
+from support import HOSTS, Halves, Host, one_line, only_plain
 
 from kvmlab import runner
-from kvmlab.plugin import ROOT
 from kvmlab.runner import Built, Run
 
-Host = Callable[[str], Path]
-
-HOSTS = ROOT / "tests" / "hosts"
 API = HOSTS / "api"
 
 
-def make(build: Path, target: str) -> Path:
-    """Build a part of tests/hosts, which is laid out like lessons, with the flags of the rest of this build."""
-    flags = ["SANITIZE=1"] if build.name == "asan" else []
-    if (build / "vmm" / "vmm.gcno").exists():
-        flags.append("COVERAGE=1")
-    built = build / "lessons" / target
-    with (build / "lock").open("w") as lock:  # workers of xdist share the build
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["make", "-s", *flags, f"BUILD={build}", f"LESSONS={HOSTS}", built], cwd=ROOT, check=True)
-    return built
-
-
 @pytest.fixture(scope="session")
-def host(vmm: Path) -> Host:
-    """The VMM with the host half of this name."""
-    return lambda name: make(vmm.parent.parent, f"{name}/vmm")
-
-
-@pytest.fixture(scope="session")
-def api(host: Host, build: Path) -> Built:
+def api(halves: Halves) -> Built:
     """Both halves of tests/hosts/api."""
-    return Built(host("api"), make(build, "api/image.elf"))
+    return halves("api")
 
 
 def command(name: str) -> int:
