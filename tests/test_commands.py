@@ -133,6 +133,46 @@ def test_the_exit_status_tells_what_went_wrong(variant: StartVariant, mutant: st
     assert wrong.run().status == status
 
 
+@pytest.mark.parametrize(("ends", "status"), {"exit": 0, "panic": 1, "": 1}.items())
+def test_a_lesson_may_end_by_what_the_vmm_calls_a_failure(variant: StartVariant, ends: str, status: int) -> None:
+    ours = variant("02-paging")
+    guest, toml = ours.folder / "guest.c", ours.folder / "lesson.toml"
+    source = guest.read_text()
+    guest.write_text(source[: source.rindex("}")] + "    guest_exit(1);\n}\n")
+    toml.write_text(f'ends = "{ends}"\n' + toml.read_text())
+    ours.make_all()
+    shown = ours.run()
+    assert (shown.status, shown.failed) == (status, []), str(shown)
+
+
+def test_an_end_that_is_foreseen_does_not_outweigh_a_failed_check(variant: StartVariant) -> None:
+    wrong = variant("01-vm-exit")
+    wrong.patch("nonce-echoed")
+    toml = wrong.folder / "lesson.toml"
+    toml.write_text('ends = "halt"\n' + toml.read_text())
+    wrong.make_all()
+    assert wrong.run().status == 1
+
+
+RERUN = """
+def test_again(run, rerun):
+    other = rerun("--memory=32")
+    assert other is rerun("--memory=32")
+    assert other is not rerun()
+    assert (other.seed, other.engine, other.one("start").memory_mib) == (run.seed, run.engine, 32)
+"""
+
+
+def test_a_check_may_run_the_lesson_again_on_another_machine(variant: StartVariant) -> None:
+    ours = variant("01-vm-exit")
+    (ours.folder / "test_lesson.py").write_text(RERUN)
+    toml = ours.folder / "lesson.toml"
+    toml.write_text(re.sub(r"\[points\]\n(.+\n)+", "[points]\nagain = 1\n", toml.read_text()))
+    for command_name in ("run", "check"):
+        shown = ours.make(command_name, "LESSON=1")
+        assert (shown.status, shown.points) == (0, 1), str(shown)
+
+
 # ---- once it is built ----
 
 

@@ -177,6 +177,17 @@ def test_a_run_with_ktrace_shows_what_kvm_did(variant: StartVariant) -> None:
     assert re.search(r"^  kvm_exit +\d+ io, \d+ npf", shown.output, re.MULTILINE), str(shown)
 
 
+@pytest.mark.usefixtures("_svm")
+def test_a_lesson_may_have_every_run_traced(variant: StartVariant) -> None:
+    ours = variant("02-paging")
+    toml = ours.folder / "lesson.toml"
+    toml.write_text("trace = true\n" + toml.read_text())
+    shown = ours.make("run", "LESSON=2", "ENGINE=svm")
+    assert (shown.status, shown.points) == (0, 20), str(shown)
+    assert "what KVM did" not in shown.output, "the student has not asked for it"
+    assert '"kind": "trace"' in (ours.build / "lessons" / "02-paging" / "events.jsonl").read_text()
+
+
 def test_a_trace_stands_before_the_exit_that_it_led_to() -> None:
     kinds = ["start", "exit", "device", "exit", "end"]
     events = [{"seq": i, "ns": 1000 * i, "kind": kind, "version": 1} for i, kind in enumerate(kinds)]

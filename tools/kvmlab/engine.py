@@ -96,7 +96,7 @@ class Emulated(Engine):
                 names = " ".join(sorted(name for name, owner in known.items() if owner == "vendor"))
                 raise UsageError(f"KVM_PARAMS={self.params}: the KVM of {self.name} has no {name}=; it has {names}")
             words[known[name]].append(word)
-        return Settings(" ".join(words["kvm"]), " ".join(words["vendor"]), self.trace)
+        return Settings(" ".join(words["kvm"]), " ".join(words["vendor"]))
 
 
 class Svm(Emulated):

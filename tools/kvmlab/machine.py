@@ -81,11 +81,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Settings:
-    """How KVM is to be loaded, and whether its tracepoints are to be recorded."""
+    """How KVM is to be loaded."""
 
     kvm_params: str = ""
     vendor_params: str = ""
-    trace: bool = False
 
 
 def read_result(path: Path) -> bytes:
@@ -117,7 +116,7 @@ def _records(job: Job, settings: Settings) -> bytes:
         records += [_text(FILE, name), _record(CONTENT, content)]
     records += [_text(RESULT, name) for name in job.results]
     records += [_text(KVM_PARAMS, settings.kvm_params), _text(VENDOR_PARAMS, settings.vendor_params)]
-    if settings.trace or job.trace:
+    if job.trace:
         records.append(_record(TRACE, b""))
     packed = b"".join(records)
     if len(packed) > JOB_MOST:

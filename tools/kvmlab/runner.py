@@ -76,15 +76,17 @@ def run(
     engine: Engine | None = None,
 ) -> Run:
     """Run the image to its end, with everything captured; on this machine's KVM if no engine is named."""
-    job = _job(built, [*options, f"--time-limit={time_limit}"], seed, stdin=stdin, time_limit=time_limit, trace=trace)
     engine = engine or Kvm()
+    trace = trace or engine.trace
+    job = _job(built, [*options, f"--time-limit={time_limit}"], seed, stdin=stdin, time_limit=time_limit, trace=trace)
     outcome = engine.run(job)
     return _run(outcome, seed, engine, _events(outcome))
 
 
 def run_on_terminal(built: Built, *, seed: int, events: Path, trace: bool = False, engine: Engine) -> Run:
     """Run the image with the user's own terminal as its console, and leave the events in this file."""
-    outcome = engine.run(_job(built, ["--summary", f"--time-limit={TIME_LIMIT}"], seed, watched=True, trace=trace))
+    options = ["--summary", f"--time-limit={TIME_LIMIT}"]
+    outcome = engine.run(_job(built, options, seed, watched=True, trace=trace or engine.trace))
     run = _run(outcome, seed, engine, _events(outcome, events))
     sys.stdout.flush()
     sys.stderr.write(run.errors + crash_location(built, run.errors))
