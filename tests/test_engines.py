@@ -20,6 +20,7 @@ from kvmlab.engine import CannotRun, Engine, Svm, Vmx
 from kvmlab.lesson import UsageError
 from kvmlab.machine import MachineError
 from kvmlab.plugin import ROOT
+from kvmlab.runner import Built
 
 pytest_plugins = ["variants"]
 
@@ -60,6 +61,18 @@ def test_a_lesson_leaves_the_same_events_on_every_engine(engines: Engines, build
     for run in runs:
         assert (run.status, run.output) == (0, runs[0].output)
         assert told(run) == told(runs[0])
+
+
+@pytest.mark.parametrize("case", ["empty_idt", "enter_empty_space"])
+def test_every_engine_knows_what_a_triple_fault_began_with(engines: Engines, build: Path, case: str) -> None:
+    crash = Built(build / "vmm" / "vmm", build / "tests" / "crash.elf")
+    faults = []
+    for this in engines.values():
+        run = runner.run(crash, [f"--append=case={case}"], engine=this)
+        (fault,) = run.all("triple_fault")
+        faults.append([fault.get(name) for name in ("rip", "symbol", "vector", "error_code", "cr2")])
+    assert None not in faults[0]
+    assert all(fault == faults[0] for fault in faults)
 
 
 # ---- which engine, and why ----

@@ -22,7 +22,8 @@ pytestmark = only_plain
 def vmm(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The VMM linked dynamically: no library comes between a static one and the C library."""
     path = tmp_path_factory.mktemp("dynamic") / "vmm"
-    subprocess.run(["gcc", "-no-pie", "--coverage", build / "vmm" / "vmm.o", "-o", path], check=True)
+    objects = (build / "vmm").glob("*.o")
+    subprocess.run(["gcc", "-no-pie", "--coverage", *objects, "-o", path], check=True)
     return path
 
 
@@ -70,7 +71,7 @@ def test_a_triple_fault_is_explained_even_where_kvm_resets_the_registers(
     case: str, call: Call, host: Environment, guest: Guest, tmp_path: Path
 ) -> None:
     arguments = [f"--append=case={case}", guest("crash").image]
-    here = call(*arguments)
+    here = call(f"--events={tmp_path}/here", *arguments)
     there = call(f"--events={tmp_path}/events", *arguments, env=host("reset"))
     assert b"triple fault; it began with" in here.stderr
     # Single-stepping may leave RFLAGS.RF in another state.
@@ -79,4 +80,8 @@ def test_a_triple_fault_is_explained_even_where_kvm_resets_the_registers(
     assert (there.returncode, there.stdout) == (here.returncode, here.stdout)
     record = events.read(tmp_path / "events")
     assert [event.kind for event in record[-2:]] == ["triple_fault", "end"]
+    assert record[-2].fields.keys() >= {"rip", "symbol", "vector", "error_code", "cr2"}
+    (fault_here,) = (event for event in events.read(tmp_path / "here") if event.kind == "triple_fault")
+    own = {"seq", "ns"}
+    assert record[-2].fields | dict.fromkeys(own) == fault_here.fields | dict.fromkeys(own)
     assert "DEBUG" not in [event.get("reason") for event in record], "the repetition is not part of the record"

@@ -985,39 +985,69 @@ static void say_delivery(uint64_t vector) {
 /* The registers before each instruction, in a run that goes step by step (--step-after). */
 static struct kvm_sync_regs last_step;
 
+/* Become a second VMM that repeats the run in silence, with its record going into this pipe. */
+static _Noreturn void replay_become(int record_fd) {
+    char step_after[40];
+    char record[40];
+    char **arguments = calloc((size_t)options.argc + 4, sizeof *arguments);
+    int null = open("/dev/null", O_RDWR);
+    dup2(null, STDIN_FILENO);
+    dup2(null, STDOUT_FILENO);
+    snprintf(step_after, sizeof step_after, "--step-after=%" PRIu64, run_totals.exits - 1);
+    snprintf(record, sizeof record, "--events=/proc/self/fd/%d", dup(record_fd));
+    if (!arguments)
+        _exit(STATUS_HOST);
+    memcpy(arguments, options.argv, (size_t)options.argc * sizeof *arguments);
+    arguments[options.argc] = step_after;
+    arguments[options.argc + 1] = record;
+    arguments[options.argc + 2] = "--debugcon=/dev/null";
+    execv("/proc/self/exe", arguments);
+    _exit(STATUS_HOST);
+}
+
+/* Add what the other record says of the triple fault to ours. */
+static void replay_copy_fault(FILE *record) {
+    static const char kind[] = "\"kind\":\"triple_fault\"";
+    char *line = NULL;
+    size_t size = 0;
+    while (getline(&line, &size, record) > 0) {
+        char *fields = strstr(line, kind);
+        char *end = strrchr(line, '}');
+        if (fields && end)
+            event_print("%.*s", (int)(end - fields - (sizeof kind - 1)), fields + sizeof kind - 1);
+    }
+    free(line);
+}
+
 /* KVM on AMD resets the vCPU at a shutdown, which leaves its state undefined (APM 2 "Shutdown
  * Intercept"). A second VMM repeats the run in silence, and after the last exit goes step by step:
  * it knows the registers before the fatal instruction. It has no input, so a guest that reads the
  * console may not get there again. */
 static void triple_fault_replay(void) {
-    char step_after[40];
-    char **arguments = calloc((size_t)options.argc + 4, sizeof *arguments);
+    int ends[2];
     fflush(NULL);
     time_limit_set(0); /* the second VMM has its own */
-    if (!arguments || fork() != 0) {
-        while (arguments && wait(NULL) < 0 && errno == EINTR)
-            ;
-        free(arguments);
+    if (pipe2(ends, O_CLOEXEC) < 0)
         return;
+    pid_t child = fork();
+    if (child == 0)
+        replay_become(ends[1]);
+    close(ends[1]);
+    FILE *record = fdopen(ends[0], "r");
+    if (record) {
+        replay_copy_fault(record);
+        fclose(record);
     }
-    int null = open("/dev/null", O_RDWR);
-    dup2(null, STDIN_FILENO);
-    dup2(null, STDOUT_FILENO);
-    snprintf(step_after, sizeof step_after, "--step-after=%" PRIu64, run_totals.exits - 1);
-    memcpy(arguments, options.argv, (size_t)options.argc * sizeof *arguments);
-    arguments[options.argc] = step_after;
-    arguments[options.argc + 1] = "--events=/dev/null";
-    arguments[options.argc + 2] = "--debugcon=/dev/null";
-    execv("/proc/self/exe", arguments);
-    _exit(STATUS_HOST);
+    while (child > 0 && waitpid(child, NULL, 0) < 0 && errno == EINTR)
+        ;
 }
 
 static void triple_fault_end(void) {
     bool was_reset = !(vcpu_sregs()->cr0 & X86_CR0_PE);
     if (was_reset && options.step_after == NEVER) {
         event_begin("triple_fault");
-        event_end();
         triple_fault_replay();
+        event_end();
         run_end(STATUS_CRASH, "triple fault");
         return;
     }

@@ -42,8 +42,8 @@ void guest_main(void) {
         break;
     case COMMAND_HALT_INTERRUPT:
     case COMMAND_HALT_WINDOW:
-        while (!delivered)
-            sti_halt();
+        sti_halt();
+        wait(); /* the window may open late: not in a loop of halts, which could miss it */
         break;
     case COMMAND_HALT_NMI:
     case COMMAND_HALT_NOTHING: halt(); break;
