@@ -75,6 +75,8 @@ bool trap_try(void (*function)(uint64_t argument), uint64_t argument, struct tra
 #define PANIC(message) panic_at(PANIC_MESSAGE, message, LOCATION)
 /* End the run: the student has not written this part yet. */
 #define TODO(task) panic_at(PANIC_TODO, task, LOCATION)
+/* End the run: this machine lacks what the lesson needs, such as "its CPU has no PCID". */
+#define CANNOT(what) panic_at(PANIC_CANNOT, what, LOCATION)
 _Noreturn void panic_at(enum panic_kind kind, const char *message, const char *location);
 /* End the run with 0 for success, anything else for failure. */
 _Noreturn void guest_exit(uint8_t status);

@@ -29,15 +29,16 @@
  *             window is requested; what the guest takes with it: the vectors exception, interrupt (absent
  *             if there is none), and nmi_injected, nmi_pending, nmi_masked as KVM_GET_VCPU_EVENTS has them
  *   unknown   an access that no device claims: space ("port" or "gpa"), address, is_write, size
- *   panic     the guest gave up: reason ("exception", "message", "todo", "?" if there is no panic
- *             where it says), message, location; of an exception vector, error_code, cr2, rip, symbol
+ *   panic     the guest gave up: reason ("exception", "message", "todo", "cannot", "?" if there is no
+ *             panic where it says), message, location; of an exception vector, error_code, cr2, rip, symbol
+ *   cannot    this machine lacks what the lesson needs, says the host half: message
  *   triple_fault
  *             rip, symbol; vector, error_code and cr2 of the first fault. What could not be found
  *             out is absent.
  *   emulation_failure
  *             rip, symbol, bytes: those at rip
  *   hang      rip, symbol
- *   end       the last one: status (of the VMM), how ("exit", "halt", "panic", "todo",
+ *   end       the last one: status (of the VMM), how ("exit", "halt", "panic", "todo", "cannot",
  *             "triple fault", "emulation failure", "unknown access", "unknown exit", "time limit",
  *             "signal", "host failure"), exits, guest_ns, vmm_ns
  *

@@ -143,6 +143,9 @@ void event_string(const char *name, const char *value);
 void event_bytes(const char *name, const void *bytes, uint64_t size); /* "00ff..." */
 void event_end(void);
 
+/* End the run: this machine lacks what the lesson needs, such as "its KVM has no dirty ring". */
+_Noreturn void host_cannot(const char *what);
+
 /* End the run: the student has not written this part yet. */
 #define HOST_TODO(task) host_todo(LOCATION, task)
 _Noreturn void host_todo(const char *location, const char *task);

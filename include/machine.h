@@ -68,6 +68,7 @@ enum panic_kind {
     PANIC_EXCEPTION = 1, /* an exception that no handler took: frame_gva says where */
     PANIC_MESSAGE = 2,   /* the guest found itself in a state it cannot continue from */
     PANIC_TODO = 3,      /* the student has not written this part yet */
+    PANIC_CANNOT = 4,    /* this machine lacks what the lesson needs */
 };
 
 struct panic {

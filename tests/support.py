@@ -49,6 +49,12 @@ def make_half(build: Path, target: str) -> Path:
     return built
 
 
+def half_command(name: str, command: str) -> int:
+    """The number of a command in the lab.h of these halves."""
+    names: list[str] = re.findall(r"COMMAND_(\w+),", (HOSTS / name / "lab.h").read_text())
+    return names.index(command)
+
+
 class Process(subprocess.Popen[bytes]):
     """A process that a test talks to, all three streams piped."""
 

@@ -114,6 +114,30 @@ def test_an_engine_that_cannot_run_the_lesson_is_not_taken(
     assert shown.errors == f"kvmlab: lesson 1 cannot run on ENGINE={wanted}: {this.not_on[wanted]}\n"
 
 
+# The emulated machines have no file of this name.
+LACKING = """
+static void lab_setup(void) {
+    if (access("/etc/passwd", F_OK) == 0)
+        host_cannot("it has no magic");"""
+
+
+@pytest.mark.parametrize("command_name", ["run", "check"])
+@pytest.mark.usefixtures("_svm")
+def test_auto_goes_on_to_an_engine_that_turns_out_to_be_able(variant: StartVariant, command_name: str) -> None:
+    ours = variant("01-vm-exit")
+    host = ours.folder / "host.c"
+    source = host.read_text().replace("\nstatic void lab_setup(void) {", LACKING)
+    host.write_text("#include <unistd.h>\n" + source)
+    ours.make_all()
+    shown = ours.kvmlab(command_name, "1", "--seed=1")
+    assert (shown.status, shown.points) == (0, 12), str(shown)
+    assert "engine: svm (emulated AMD; kvm: it has no magic)\n" in shown.output
+    shown = ours.kvmlab(command_name, "1", "--seed=1", "--engine=kvm")
+    assert shown.status == 77, str(shown)
+    assert shown.errors.splitlines()[-1] == "kvmlab: lesson 1 cannot run on ENGINE=kvm: it has no magic"
+    assert "points" not in shown.output
+
+
 def test_what_needs_a_kernel_of_its_own_is_not_done_to_this_machines(paging: lesson.Lesson) -> None:
     with pytest.raises(CannotRun, match="KTRACE needs a kernel of its own: svm or vmx"):
         engine.choose(paging, "kvm", "", trace=True)

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from images import assemble, pvh
-from support import Call, Guest, started
+from support import Call, Guest, Halves, half_command, started
 
 from kvmlab import events
 from kvmlab.plugin import ROOT
@@ -56,7 +57,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     | {"exit": number, "reason": text, "reason_number": number}
     | {"if_flag": flag, "guest_ns": number, "vmm_ns": number},
     "unknown": {"space": is_one_of("port", "gpa"), "address": hexadecimal, "is_write": flag, "size": number},
-    "panic": {"reason": is_one_of("exception", "message", "todo", "?"), "message": text, "location": text},
+    "panic": {"reason": is_one_of("exception", "message", "todo", "cannot", "?"), "message": text, "location": text},
+    "cannot": {"message": text},
+    "inject": PLACE
+    | {"type": is_one_of("interrupt", "nmi", "exception"), "vector": number}
+    | {"if_flag": flag, "ready": flag},
+    "entry": {"entry": number, "if_flag": flag, "ready": flag, "window": flag}
+    | dict.fromkeys(["nmi_injected", "nmi_pending", "nmi_masked"], flag),
     "triple_fault": PLACE,
     "emulation_failure": PLACE | {"bytes": data},
     "hang": PLACE,
@@ -64,7 +71,13 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 ACCESS = {"is_write": flag, "size": number, "data": data}
 OF_REASON = {"IO": ACCESS | {"port": hexadecimal, "count": number}, "MMIO": ACCESS | {"gpa": hexadecimal}}
-MAY_HAVE = {"exit": {"device": text}, "triple_fault": FAULT, "panic": FAULT | PLACE}
+MAY_HAVE = {
+    "exit": {"device": text},
+    "inject": {"error_code": hexadecimal},
+    "entry": {"exception": number, "interrupt": number},
+    "triple_fault": FAULT,
+    "panic": FAULT | PLACE,
+}
 
 RUNS: dict[str, tuple[str, str, list[str], set[str]]] = {
     # name: (guest, case, further options, kinds that it must record beside start, exit and end)
@@ -76,6 +89,7 @@ RUNS: dict[str, tuple[str, str, list[str], set[str]]] = {
     "an exception": ("crash", "write_unmapped", [], {"panic"}),
     "a panic": ("crash", "panic_unprintable", [], {"panic"}),
     "a panic that is none": ("crash", "panic_nowhere", [], {"panic"}),
+    "a machine that lacks something": ("crash", "lack_something", [], {"panic"}),
     "a task": ("crash", "not_written", [], {"panic"}),
     "a triple fault": ("crash", "enter_empty_space", [], {"triple_fault"}),
     "a triple fault without a cause": ("crash", "enter_root_outside_memory", [], {"triple_fault"}),
@@ -99,6 +113,32 @@ def record_of(call: Call, guest: Guest, name: str, tmp_path: Path) -> Record:
 def test_kinds_and_fields_are_those_that_are_documented(name: str, call: Call, guest: Guest, tmp_path: Path) -> None:
     record = record_of(call, guest, name, tmp_path)
     assert {event["kind"] for event in record} == {"start", "exit", "end"} | RUNS[name][3]
+    expect_documented(record)
+
+
+OF_HALVES = {
+    # halves of tests/hosts, command: the kind that they must record beside start, entry, exit and end
+    ("interrupts", "INTERRUPT"): "inject",
+    ("interrupts", "HALT_NMI"): "inject",
+    ("interrupts", "EXCEPTION"): "inject",
+    ("api", "CANNOT"): "cannot",
+}
+
+
+@pytest.mark.parametrize(("name", "command_name"), OF_HALVES)
+def test_what_host_halves_do_is_recorded_as_documented(
+    name: str, command_name: str, halves: Halves, tmp_path: Path
+) -> None:
+    built = halves(name)
+    command = half_command(name, command_name)
+    path = tmp_path / "events.jsonl"
+    subprocess.run([built.vmm, f"--events={path}", f"--append=command={command}", built.image], check=False)
+    record = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    assert {event["kind"] for event in record} == {"start", "entry", "exit", "end", OF_HALVES[name, command_name]}
+    expect_documented(record)
+
+
+def expect_documented(record: Record) -> None:
     for event in record:
         kind = event["kind"]
         must = {"seq": number, "ns": number, "kind": text} | FIELDS[kind] | OF_REASON.get(event.get("reason", ""), {})

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import HOSTS, Halves, Host, one_line, only_plain
+from support import HOSTS, Halves, Host, half_command, one_line, only_plain
 
 from kvmlab import runner
 from kvmlab.runner import Built, Run
@@ -18,14 +18,8 @@ def api(halves: Halves) -> Built:
     return halves("api")
 
 
-def command(name: str) -> int:
-    """The number of a command in lab.h."""
-    names = re.findall(r"COMMAND_(\w+),", (API / "lab.h").read_text())
-    return names.index(name)
-
-
 def run(api: Built, name: str, *words: str, time_limit: float = 20, seed: int = 0) -> Run:
-    append = " ".join([f"command={command(name)}", *words])
+    append = " ".join([f"command={half_command('api', name)}", *words])
     return runner.run(api, [f"--append={append}"], time_limit=time_limit, seed=seed)
 
 
@@ -180,6 +174,13 @@ def test_a_todo_of_the_host_half_says_what_to_write_and_where(api: Built) -> Non
     line = line_of('HOST_TODO("serve the command")')
     text = rf"^vmm: \S*host\.c:{line}: not written yet: serve the command$"
     assert re.search(text, recorded.errors, re.MULTILINE), recorded.errors
+
+
+def test_a_host_half_may_say_what_the_machine_lacks(api: Built) -> None:
+    recorded = run(api, "CANNOT")
+    assert (recorded.status, recorded.end.how) == (77, "cannot")
+    one_line(recorded.errors, "vmm: this machine cannot run the lesson: it has no such thing")
+    assert recorded.lacking == "it has no such thing"
 
 
 def test_an_event_that_a_todo_leaves_open_is_closed(api: Built) -> None:

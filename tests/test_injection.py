@@ -1,9 +1,7 @@
 """What a host half can put into the guest, and what the record says of it: tests/hosts/interrupts."""
 
-import re
-
 import pytest
-from support import HOSTS, Halves, one_line
+from support import Halves, half_command, one_line
 
 from kvmlab import runner
 from kvmlab.runner import Built, Run
@@ -17,8 +15,7 @@ def interrupts(halves: Halves) -> Built:
 
 
 def command(interrupts: Built, name: str) -> Run:
-    names = re.findall(r"COMMAND_(\w+),", (HOSTS / "interrupts" / "lab.h").read_text())
-    return runner.run(interrupts, [f"--append=command={names.index(name)}"], time_limit=20)
+    return runner.run(interrupts, [f"--append=command={half_command('interrupts', name)}"], time_limit=20)
 
 
 def delivered(run: Run) -> list[tuple[int, int]]:

@@ -96,6 +96,7 @@ def test_memory_is_zero_at_first_but_for_image_and_boot_data(call: Call, tmp_pat
 STATUS: dict[str, tuple[int, str, str, list[str]]] = {
     "success": (0, "crash", "halt_with_interrupts_off", []),
     "failure": (1, "crash", "exit_with_7", []),
+    "a machine that lacks something": (77, "crash", "lack_something", []),
     "a part not written": (1, "crash", "not_written", []),
     "usage": (2, "crash", "halt_with_interrupts_off", ["--memory=0"]),
     "panic": (3, "crash", "give_up", []),

@@ -245,7 +245,7 @@ static const char help_text[] =
     "Exit status: 0 the guest ended the run and reported success; 1 it reported failure, or a\n"
     "part is not written yet; 2 usage; 3 the guest crashed; 4 it hung; 5 the host refused "
     "something;\n"
-    "128+n ended by signal n.\n";
+    "77 this machine lacks what the lesson needs; 128+n ended by signal n.\n";
 
 static const struct option long_options[] = {
     {"memory", required_argument, NULL, 'm'},
@@ -828,18 +828,29 @@ static void say_todo(const char *location, const char *task) {
     say("vmm: open that file; the README.md beside it says what is asked for");
 }
 
+static void say_cannot(const char *what) {
+    say("vmm: this machine cannot run the lesson: %s", what);
+}
+
 /* The guest gave up and says why (include/machine.h). */
 static void panic_end(gva_t panic_gva) {
-    static const char *const reasons[] = {"?", "exception", "message", "todo"};
+    static const struct {
+        const char *reason, *how;
+        enum status status;
+    } ends[] = {{"?", "panic", STATUS_CRASH},
+                [PANIC_EXCEPTION] = {"exception", "panic", STATUS_CRASH},
+                [PANIC_MESSAGE] = {"message", "panic", STATUS_CRASH},
+                [PANIC_TODO] = {"todo", "todo", STATUS_FAILED},
+                [PANIC_CANNOT] = {"cannot", "cannot", STATUS_CANNOT}};
     struct panic panic = {0};
     char message[512];
     char location[128];
-    if (!guest_read(panic_gva, &panic, sizeof panic) || panic.kind >= LENGTH(reasons))
+    if (!guest_read(panic_gva, &panic, sizeof panic) || panic.kind >= LENGTH(ends))
         panic = (struct panic){0};
     guest_read_text(panic.message_gva, message, sizeof message);
     guest_read_text(panic.location_gva, location, sizeof location);
     event_begin("panic");
-    event_string("reason", reasons[panic.kind]);
+    event_string("reason", ends[panic.kind].reason);
     event_string("message", message);
     event_string("location", location);
     if (panic.kind == PANIC_EXCEPTION)
@@ -847,6 +858,8 @@ static void panic_end(gva_t panic_gva) {
     event_end();
     if (panic.kind == PANIC_TODO) {
         say_todo(location, message);
+    } else if (panic.kind == PANIC_CANNOT) {
+        say_cannot(message);
     } else if (panic.kind == PANIC_MESSAGE) {
         say("vmm: the guest panicked: %s (%s)", message, location);
         say_backtrace(vcpu_regs()->rip, vcpu_regs()->rbp);
@@ -854,8 +867,7 @@ static void panic_end(gva_t panic_gva) {
         say("vmm: the guest crashed: it wrote 0x%" PRIx64 " to the panic port; no panic is there",
             panic_gva);
     }
-    bool is_todo = panic.kind == PANIC_TODO;
-    run_end(is_todo ? STATUS_FAILED : STATUS_CRASH, is_todo ? "todo" : "panic");
+    run_end(ends[panic.kind].status, ends[panic.kind].how);
 }
 
 /* An event of a kind that starts with where the guest was. */
@@ -1694,6 +1706,15 @@ void host_todo(const char *location, const char *task) {
     say_todo(location, task);
     events_close(STATUS_FAILED, "todo");
     exit(STATUS_FAILED);
+}
+
+void host_cannot(const char *what) {
+    event_begin("cannot");
+    event_string("message", what);
+    event_end();
+    say_cannot(what);
+    events_close(STATUS_CANNOT, "cannot");
+    exit(STATUS_CANNOT);
 }
 
 /* ---------------------------------------------------------------------------------------------- */

@@ -12,12 +12,13 @@
 
 /* The exit status of the VMM; README lists them, and `make run` passes them on. */
 enum status {
-    STATUS_OK = 0,     /* the guest ended the run, as a success */
-    STATUS_FAILED = 1, /* the guest ended the run, reporting failure, or is not written yet */
-    STATUS_USAGE = 2,  /* the command line makes no sense */
-    STATUS_CRASH = 3,  /* triple fault, unhandled exception, emulation failure, unknown access */
-    STATUS_HANG = 4,   /* the time limit, or a halt that nothing can end */
-    STATUS_HOST = 5,   /* the host refused something: KVM, a file, memory */
+    STATUS_OK = 0,      /* the guest ended the run, as a success */
+    STATUS_FAILED = 1,  /* the guest ended the run, reporting failure, or is not written yet */
+    STATUS_USAGE = 2,   /* the command line makes no sense */
+    STATUS_CRASH = 3,   /* triple fault, unhandled exception, emulation failure, unknown access */
+    STATUS_HANG = 4,    /* the time limit, or a halt that nothing can end */
+    STATUS_HOST = 5,    /* the host refused something: KVM, a file, memory */
+    STATUS_CANNOT = 77, /* this machine lacks what the lesson needs */
     STATUS_SIGNALLED = 128, /* plus the number of the signal */
 };
 

@@ -107,6 +107,7 @@ static void lose_the_stack(void) { __asm__ volatile("mov %0, %%rsp\n ud2" : : "r
 
 static void give_up(void) { PANIC("out of ideas"); }
 static void not_written(void) { TODO("write the \"other\" half"); }
+static void lack_something(void) { CANNOT("its CPU has no such thing"); }
 static void panic_unprintable(void) { PANIC("\"quoted\" back\\slash \n\t\x01\x7f\x80\xff end"); }
 static void panic_port(uint32_t gva) { out32(PORT_PANIC, gva); }
 static void panic_nowhere(void) { panic_port(0xfffffff0); }
@@ -266,6 +267,7 @@ static const struct guest_case cases[] = {
     CASE(lose_the_stack),
     CASE(give_up),
     CASE(not_written),
+    CASE(lack_something),
     CASE(panic_unprintable),
     CASE(panic_nowhere),
     CASE(panic_8_bits),

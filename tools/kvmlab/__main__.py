@@ -2,19 +2,20 @@
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from kvmlab import engine as engines
 from kvmlab import lesson as lessons
 from kvmlab import trace
-from kvmlab.engine import CannotRun, Engine
+from kvmlab.engine import CannotRun, Engine, Unable
 from kvmlab.lesson import Lesson, UsageError
 from kvmlab.machine import MachineError
 from kvmlab.markers import MarkerError
@@ -29,9 +30,12 @@ def _lesson(arguments: argparse.Namespace) -> Lesson:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    return _on_some_engine(arguments, _run_lesson)
+
+
+def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     from kvmlab import judge, runner
 
-    lesson = _lesson(arguments)
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
     built = runner.lesson_built(arguments.build, lesson.name)
     events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
@@ -40,6 +44,8 @@ def _run(arguments: argparse.Namespace) -> int:
         run = runner.run_on_terminal(built, seed=seed, events=events, trace=lesson.trace, engine=engine)
         if not run.events or run.status > 128:
             return run.status
+        if run.lacking:
+            raise Unable(engine.name, run.lacking)
         verdicts = judge.judge(lesson, arguments.build, engine, [seed], run)
     if engine.trace:
         print(trace.summary(run.events))
@@ -48,6 +54,16 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
         return run.status or 1
     return 0 if run.end.how == lesson.ends else run.status
+
+
+def _on_some_engine(arguments: argparse.Namespace, command: Callable[[argparse.Namespace, Lesson], int]) -> int:
+    """Do it on the first engine that turns out to be able to."""
+    lesson = _lesson(arguments)
+    while True:
+        try:
+            return command(arguments, lesson)
+        except Unable as error:
+            lesson = dataclasses.replace(lesson, not_on=lesson.not_on | {error.engine: error.reason})
 
 
 @contextlib.contextmanager
@@ -67,9 +83,12 @@ def _must_be_writable(events: Path) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    return _on_some_engine(arguments, _check_lesson)
+
+
+def _check_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     from kvmlab import judge
 
-    lesson = _lesson(arguments)
     seeds = [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)] if arguments.seed is None else [arguments.seed]
     try:
         with _engine(lesson, arguments, f"(seeds {', '.join(map(str, seeds))})") as engine:

@@ -201,6 +201,15 @@ class CannotRun(Exception):
     """No engine that was asked for can run the lesson: one line, exit status 77."""
 
 
+class Unable(Exception):
+    """An engine cannot run the lesson, as the run itself has found out."""
+
+    def __init__(self, engine: str, reason: str) -> None:
+        super().__init__(reason)
+        self.engine = engine
+        self.reason = reason
+
+
 def choose(lesson: Lesson, wanted: str, params: str, trace: bool) -> tuple[Engine, str]:
     """The engine to run a lesson on, and the line that says which it is and why."""
     if wanted != "auto" and wanted not in ENGINES:

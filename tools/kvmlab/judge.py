@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvmlab import plugin
-from kvmlab.engine import Engine
+from kvmlab.engine import Engine, Unable
 from kvmlab.expect import CheckFailed
 from kvmlab.lesson import Lesson, UsageError
 from kvmlab.machine import MachineError
@@ -54,6 +54,8 @@ class _Collector:
         error = call.excinfo.value if call.excinfo else None
         if isinstance(run, Run) and not run.events:
             self.not_run = HostError(run.errors.strip())
+        elif isinstance(error, pytest.skip.Exception) and call.when == "setup":
+            self.not_run = Unable(self.engine.name, str(error.msg))
         elif isinstance(error, MachineError | UsageError | OSError):
             self.not_run = error
         if self.not_run:

@@ -117,8 +117,11 @@ def run(request: pytest.FixtureRequest, build: Path, lesson: Lesson, engines: di
         return recorded
     name, seed = request.param
     if name in lesson.not_on:
-        pytest.skip(f"{name} cannot run this lesson: {lesson.not_on[name]}")
-    return runner.run(runner.lesson_built(build, lesson.name), seed=seed, trace=lesson.trace, engine=engines[name])
+        pytest.skip(lesson.not_on[name])
+    made = runner.run(runner.lesson_built(build, lesson.name), seed=seed, trace=lesson.trace, engine=engines[name])
+    if made.lacking:
+        pytest.skip(made.lacking)
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,12 @@ class Run:
         return next(iter(self.all(kind, **fields)), None)
 
     @property
+    def lacking(self) -> str:
+        """What the lesson has found to be missing on this machine; "" if nothing."""
+        found = self.one("cannot") or self.one("panic", reason="cannot")
+        return str(found.message) if found else ""
+
+    @property
     def end(self) -> Event:
         """How the run ended, which only a VMM that was killed does not say."""
         found = self.one("end")

@@ -105,6 +105,7 @@ static void command_access(struct access *access) {
     case COMMAND_LOOP: loop(); break;
     case COMMAND_LOOP_IN_END: loop_in_end = true; break;
     case COMMAND_TODO: todo(); break;
+    case COMMAND_CANNOT: host_cannot("it has no such thing"); break;
     case COMMAND_MEMORY: try_memory(); break;
     case COMMAND_STRINGS: try_strings(); break;
     case COMMAND_WALK: try_walk(); break;
