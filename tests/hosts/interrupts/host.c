@@ -22,7 +22,6 @@ static void exception_inject(bool is_new) {
 }
 
 static void inject(void) {
-    struct kvm_interrupt interrupt = {LAB_VECTOR};
     struct kvm_interrupt bad_interrupt = {256};
     struct kvm_irq_level line = {.irq = 4, .level = 1};
     switch (wanted.command) {
@@ -31,7 +30,7 @@ static void inject(void) {
     case COMMAND_NO_EVENTS: exception_inject(false); break;
     case COMMAND_BAD_VECTOR: host_vcpu(KVM_INTERRUPT, &bad_interrupt); break;
     case COMMAND_BAD_LINE: host_vm(KVM_IRQ_LINE, &line); break;
-    default: host_vcpu(KVM_INTERRUPT, &interrupt); break;
+    default: host_vcpu(KVM_INTERRUPT, &(struct kvm_interrupt){.irq = LAB_VECTOR}); break;
     }
 }
 
