@@ -68,7 +68,9 @@ const struct kvm_sregs *host_sregs(void);
 /*
  * The page that KVM and the VMM share: KVM API, "5. The kvm_run structure". Of the last exit it has
  * exit_reason, if_flag and ready_for_interrupt_injection; before the first, all of them are 0.
- * request_interrupt_window is the host half's to set. Everything else in it is for reading.
+ * request_interrupt_window is the host half's to set. So is immediate_exit: the next KVM_RUN returns
+ * with KVM_EXIT_INTR before it enters the guest, as after a signal; then it must be cleared. Everything
+ * else in it is for reading.
  */
 struct kvm_run *host_run(void);
 
