@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -363,6 +364,16 @@ def test_a_damaged_cache_is_made_again(
 
 
 @pytest.mark.usefixtures("_svm")
+@pytest.mark.parametrize("name", ["svm", "vmx"])
+def test_two_working_trees_may_share_a_cache(engines: Engines, tmp_path: Path, name: str) -> None:
+    of_session(engines, name)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    ask = [sys.executable, "-c", f"from kvmlab import cache; print(cache.ready('{name}'))"]
+    environment = {"PYTHONPATH": str(tmp_path / "tools"), "KVMLAB_CACHE": str(cache.folder())}
+    shown = command(*ask, folder=tmp_path, **environment)
+    assert (shown.output, shown.errors) == (f"{cache.ready(name)}\n", "")
+
+
 def test_two_runs_that_need_a_cache_make_it_once(own_cache: Path, variant: StartVariant) -> None:
     shutil.rmtree(own_cache)
     ours = variant("02-paging")

@@ -283,5 +283,5 @@ def _make_cd(kernel: Path, initrd: Path, new: Path) -> None:
 
 RECIPES = {
     "svm": Recipe("svm", "kvm-amd", ["qemu-system-x86"], [*QEMU, QEMU_KERNEL], _make_snapshot),
-    "vmx": Recipe("vmx", "kvm-intel", ["bochs", "bochsbios"], [*BOCHS, BOCHS_KERNEL], _make_cd),
+    "vmx": Recipe("vmx", "kvm-intel", ["bochs", "bochsbios"], [BOCHS_KERNEL], _make_cd),
 }
