@@ -33,8 +33,8 @@
  *             panic where it says), message, location; of an exception vector, error_code, cr2, rip, symbol
  *   cannot    this machine lacks what the lesson needs, says the host half: message
  *   triple_fault
- *             rip, symbol; vector, error_code and cr2 of the first fault. What could not be found
- *             out is absent.
+ *             rip, symbol; vector, error_code and cr2 of the first fault, and injected: the host half
+ *             has put it there. What could not be found out is absent.
  *   emulation_failure
  *             rip, symbol, bytes: those at rip
  *   hang      rip, symbol

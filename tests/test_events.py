@@ -75,7 +75,7 @@ MAY_HAVE = {
     "exit": {"device": text},
     "inject": {"error_code": hexadecimal},
     "entry": {"exception": number, "interrupt": number},
-    "triple_fault": FAULT,
+    "triple_fault": FAULT | {"injected": flag},
     "panic": FAULT | PLACE,
 }
 

@@ -366,10 +366,11 @@ static struct {
     struct machine_note note;
     struct entry entry;
     int kvm, vm, vcpu;
-    struct kvm_run *run; /* shared with the kernel: the last exit, and the registers */
-    bool is_changed;     /* the host half has changed the vCPU since the last exit, */
-    bool is_injected;    /* by putting an event into it */
-    bool is_halted;      /* the last exit was that of a halt which only an event can end */
+    struct kvm_run *run;   /* shared with the kernel: the last exit, and the registers */
+    bool is_changed;       /* the host half has changed the vCPU since the last exit, */
+    bool is_injected;      /* by putting an event into it, */
+    bool is_exception_set; /* an exception perhaps */
+    bool is_halted;        /* the last exit was that of a halt which only an event can end */
 } machine;
 
 /* The options override what the image asks for. */
@@ -927,6 +928,7 @@ static void rescue_set_registers(gva_t base) {
 /* What began it, as far as it can be found out. */
 struct first_fault {
     bool known;
+    bool is_injected; /* by the host half, not raised by an instruction */
     uint64_t vector, error_code;
     gva_t cr2;
 };
@@ -966,8 +968,6 @@ static struct first_fault first_fault_find(void) {
     fault = rescue_run(rescue, base);
     root[slot] = slot_before;
     machine.run->s.regs = at_fault;
-    if (fault.known)
-        vcpu_sregs()->cr2 = fault.cr2;
     return fault;
 }
 
@@ -992,6 +992,43 @@ static void say_delivery(uint64_t vector) {
         gate[1], gate[0], symbol_or_address(handler).text);
     if (page_walk(vcpu_sregs()->cr3, handler).end != WALK_MAPPED)
         say_walk(handler);
+}
+
+/* The exception that the host half has put into the last entry, if any, and where the guest was then. */
+static struct {
+    struct first_fault fault;
+    gva_t rip;
+} injected;
+
+/* Before an entry. What the host half has set, it may have taken back again: KVM knows. */
+static void injected_note(void) {
+    struct kvm_vcpu_events vcpu;
+    struct kvm_sregs sregs;
+    injected.fault.known = false;
+    if (!machine.is_exception_set)
+        return;
+    KVM_STRUCT(machine.vcpu, KVM_GET_VCPU_EVENTS, &vcpu);
+    KVM_STRUCT(machine.vcpu, KVM_GET_SREGS, &sregs);
+    injected.rip = vcpu_regs()->rip;
+    injected.fault = (struct first_fault){
+        .known = vcpu.exception.injected || vcpu.exception.pending,
+        .is_injected = true,
+        .vector = vcpu.exception.nr,
+        .error_code = vcpu.exception.has_error_code ? vcpu.exception.error_code : 0,
+        .cr2 = sregs.cr2,
+    };
+}
+
+/* To repeat the instruction tells nothing of an exception that no instruction has raised. */
+static struct first_fault first_fault_find_or_recall(void) {
+    struct first_fault fault = {0};
+    if (!injected.fault.known || injected.rip != vcpu_regs()->rip)
+        fault = first_fault_find();
+    if (!fault.known)
+        fault = injected.fault;
+    if (fault.known)
+        vcpu_sregs()->cr2 = fault.cr2;
+    return fault;
 }
 
 /* The registers before each instruction, in a run that goes step by step (--step-after). */
@@ -1065,16 +1102,19 @@ static void triple_fault_end(void) {
     }
     if (was_reset)
         machine.run->s.regs = last_step;
-    struct first_fault fault = first_fault_find();
+    struct first_fault fault = first_fault_find_or_recall();
     event_begin_at_rip("triple_fault");
     if (fault.known) {
+        event_number("injected", fault.is_injected);
         event_number("vector", fault.vector);
         event_hex("error_code", fault.error_code);
         event_hex("cr2", fault.cr2);
     }
     event_end();
     if (fault.known) {
-        say_exception("triple fault; it began with", fault.vector, fault.error_code, vcpu_regs());
+        say_exception(fault.is_injected ? "triple fault; it began with the injected"
+                                        : "triple fault; it began with",
+                      fault.vector, fault.error_code, vcpu_regs());
         say_delivery(fault.vector);
     } else {
         say("vmm: the guest crashed: triple fault at rip %s",
@@ -1576,9 +1616,10 @@ static void vcpu_prepare_entry(void) {
         half.before_entry();
     if (machine.is_halted)
         halt_end();
+    injected_note();
     if (half.before_entry && !outcome.ended)
         entry_record();
-    machine.is_changed = machine.is_injected = false;
+    machine.is_changed = machine.is_injected = machine.is_exception_set = false;
 }
 
 /* One VM entry and the exit that ends it, with the time spent on either side. */
@@ -1676,6 +1717,7 @@ static void inject_record(const char *type, uint64_t vector, const uint32_t *err
 static void inject_record_new(const struct kvm_vcpu_events *new) {
     struct kvm_vcpu_events old;
     KVM_STRUCT(machine.vcpu, KVM_GET_VCPU_EVENTS, &old);
+    machine.is_exception_set = true;
     bool had_exception = old.exception.injected || old.exception.pending;
     if ((new->exception.injected || new->exception.pending) &&
         (!had_exception || new->exception.nr != old.exception.nr))
