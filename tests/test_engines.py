@@ -56,7 +56,8 @@ def told(run: runner.Run) -> list[dict[str, object]]:
     return events
 
 
-@pytest.mark.parametrize("name", NAMES)
+# What a lesson that looks into KVM's trace is about differs: when an event is taken, what was pending.
+@pytest.mark.parametrize("name", [name for name in NAMES if not lesson.load(ROOT / "lessons" / name).trace])
 def test_a_lesson_leaves_the_same_events_on_every_engine(engines: Engines, build: Path, name: str) -> None:
     runs = [runner.run(runner.lesson_built(build, name), seed=5, engine=this) for this in engines.values()]
     for run in runs:

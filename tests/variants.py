@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from kvmlab.lesson import load
 from kvmlab.plugin import ROOT
+from kvmlab.runner import Run
 
 NAMES = sorted(path.parent.name for path in ROOT.glob("lessons/*/lesson.toml"))
+
+
+def is_done(run: Run, name: str) -> bool:
+    """The run of this lesson ended as it should: well, or in the crash that the lesson is about."""
+    return run.status == 0 or run.end.how == load(ROOT / "lessons" / name).ends
+
 
 # What a user's shell has: without what the `make` that runs the tests hands on to its children, and
 # without what would hide that a line is flushed too late.
