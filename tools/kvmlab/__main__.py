@@ -50,10 +50,12 @@ def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     if engine.trace:
         print(trace.summary(run.events))
     print(judge.report(lesson, verdicts))
+    end = run.one("end")
+    status = 0 if end and end.how == lesson.ends else run.status
     if any(not verdict.passed for verdict in verdicts):
         print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
-        return run.status or 1
-    return 0 if run.end.how == lesson.ends else run.status
+        return status or 1
+    return status
 
 
 def _on_some_engine(arguments: argparse.Namespace, command: Callable[[argparse.Namespace, Lesson], int]) -> int:
