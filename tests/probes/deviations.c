@@ -277,6 +277,39 @@ static enum verdict sti_shadow_lost(void) {
     return verdict(opened && regs.rip > CODE + 1, opened && regs.rip == CODE + 1);
 }
 
+/* ---- exceptions that the VMM injects ---- */
+
+#define VECTOR_NP 11
+#define GATE_PRESENT (UINT64_C(0x80) << 40)
+
+GUEST(divide, "xor %ecx, %ecx; div %ecx");
+
+/* Inject an exception whose gate is not present: while the CPU delivers it, #NP comes up. An exception
+ * of the guest's own goes before, so that KVM has mapped all pages that a delivery needs. */
+static void inject_without_gate(uint8_t vector) {
+    struct kvm_vcpu_events events;
+    uint64_t gate = IDT + UINT64_C(16) * vector;
+    vcpu_start(divide, RING_0);
+    vcpu_run();
+    ram_set(gate, ram_get(gate) & ~GATE_PRESENT);
+    KVM(vcpu, KVM_GET_VCPU_EVENTS, &events);
+    events.exception.injected = 1;
+    events.exception.nr = vector;
+    events.exception.has_error_code = VECTORS_WITH_ERROR_CODE >> vector & 1;
+    KVM(vcpu, KVM_SET_VCPU_EVENTS, &events);
+    vcpu_run();
+}
+
+static enum verdict fault_while_injecting_benign(void) {
+    inject_without_gate(VECTOR_UD);
+    return verdict(left_at(VECTOR_NP), left_at(VECTOR_DF));
+}
+
+static enum verdict fault_while_injecting_contributory(void) {
+    inject_without_gate(VECTOR_GP);
+    return verdict(left_at(VECTOR_DF), left_at(VECTOR_NP));
+}
+
 /* ---- what ring 3 sees ---- */
 
 GUEST(read_cs, "mov %cs, %eax; ud2");
@@ -424,6 +457,8 @@ static const struct probe {
     {"late-interrupt-window", late_interrupt_window},
     {"late-nmi", late_nmi},
     {"sti-shadow-lost", sti_shadow_lost},
+    {"fault-while-injecting-benign", fault_while_injecting_benign},
+    {"fault-while-injecting-contributory", fault_while_injecting_contributory},
     {"selectors-in-ring-3", selectors_in_ring_3},
     {"interrupt-flag-in-ring-3", interrupt_flag_in_ring_3},
     {"alignment-check", alignment_check},
