@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import support
 from variants import ENVIRONMENT, NAMES, Variant, command
 
 from kvmlab import cache, engine, lesson, machine, runner, trace
@@ -75,6 +76,18 @@ def test_every_engine_knows_what_a_triple_fault_began_with(engines: Engines, bui
         faults.append([fault.get(name) for name in ("rip", "symbol", "vector", "error_code", "cr2")])
     assert None not in faults[0]
     assert all(fault == faults[0] for fault in faults)
+
+
+@pytest.mark.usefixtures("_vmx")
+def test_an_entry_that_intel_refuses_is_explained_in_one_line(engines: Engines, build: Path) -> None:
+    """On AMD the same interrupt is delivered, although interrupts are off."""
+    halves = Built(support.make_half(build, "interrupts/vmm"), support.make_half(build, "interrupts/image.elf"))
+    command = f"--append=command={support.half_command('interrupts', 'NOT_READY')}"
+    run = runner.run(halves, [command], engine=engines["vmx"])
+    assert (run.status, run.end.how) == (5, "host failure")
+    support.one_line(run.errors, "the CPU refused the VM entry with an interrupt injected while RFLAGS.IF was 0: ")
+    if "svm" in engines:
+        assert runner.run(halves, [command], engine=engines["svm"]).all("exit", device="report")
 
 
 # ---- which engine, and why ----

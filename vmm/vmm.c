@@ -1447,8 +1447,13 @@ static void exit_hlt(void) { machine.is_halted = true; }
 
 static void exit_again(void) {}
 
+/* Intel checks what it is to inject, too: SDM 3C "Checks on Guest RIP, RFLAGS, and SSP". AMD delivers
+ * an interrupt that comes with IF = 0. */
 static void exit_fail_entry(void) {
-    die(STATUS_HOST, "the CPU refused the VM entry: hardware reason 0x%llx, rip 0x%llx",
+    bool is_early =
+        machine.run->s.regs.events.interrupt.injected && !(vcpu_regs()->rflags & X86_EFLAGS_IF);
+    die(STATUS_HOST, "the CPU refused the VM entry%s: hardware reason 0x%llx, rip 0x%llx",
+        is_early ? " with an interrupt injected while RFLAGS.IF was 0" : "",
         machine.run->fail_entry.hardware_entry_failure_reason, vcpu_regs()->rip);
 }
 

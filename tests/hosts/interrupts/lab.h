@@ -8,6 +8,7 @@
 
 enum command {
     COMMAND_INTERRUPT,      /* inject at once */
+    COMMAND_NOT_READY,      /* the same, but the guest has interrupts off */
     COMMAND_ONE_ONLY,       /* the same; the guest halts afterwards */
     COMMAND_WINDOW,         /* ask for a window, inject when it is open */
     COMMAND_HALT_INTERRUPT, /* inject when the guest has halted */
