@@ -92,18 +92,17 @@ struct kvm_run *host_run(void);
 #define host_vm(request, pointer) host_vm_ioctl(request, #request, HOST_ARGUMENT(request, pointer))
 #define host_vm_number(request, number) \
     host_vm_ioctl(request, #request, (void *)(uintptr_t)(number))
-int host_vcpu_ioctl(unsigned long request, const char *name, const void *argument);
-int host_vm_ioctl(unsigned long request, const char *name, const void *argument);
+int host_vcpu_ioctl(unsigned long request, const char *name, void *argument);
+int host_vm_ioctl(unsigned long request, const char *name, void *argument);
 
 /* The pointer, if it is to a structure of the size that the request itself encodes. (Of those that
- * end in an array, that is the size without it.) One expression, so that a structure written in place
- * lives as long as the call. */
+ * end in an array, that is the size without it.) The pointer stands outside of the block, so that a
+ * structure written in its place lives as long as the call. */
 #define HOST_ARGUMENT(request, pointer)                                                           \
-    ((void)sizeof(struct {                                                                        \
+    (({                                                                                           \
          _Static_assert(_IOC_SIZE(request) == sizeof *(pointer), #request " takes another type"); \
-         char unused;                                                                             \
      }),                                                                                          \
-     (const void *)(pointer))
+     (void *)(pointer))
 
 /* KVM's own answer to gva -> gpa, in the vCPU's current address space: KVM_TRANSLATE. KVM walks as
  * the CPU does: it sets the accessed bits of the entries it uses. */

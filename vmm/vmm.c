@@ -1734,7 +1734,7 @@ static void inject_record_new(const struct kvm_vcpu_events *new) {
         inject_record("nmi", VECTOR_NMI, NULL);
 }
 
-int host_vcpu_ioctl(unsigned long request, const char *name, const void *argument) {
+int host_vcpu_ioctl(unsigned long request, const char *name, void *argument) {
     machine.is_changed = true;
     if (request == KVM_INTERRUPT)
         inject_record("interrupt", ((const struct kvm_interrupt *)argument)->irq, NULL);
@@ -1745,7 +1745,7 @@ int host_vcpu_ioctl(unsigned long request, const char *name, const void *argumen
     return ioctl_or_die(machine.vcpu, request, name, argument);
 }
 
-int host_vm_ioctl(unsigned long request, const char *name, const void *argument) {
+int host_vm_ioctl(unsigned long request, const char *name, void *argument) {
     return ioctl_or_die(machine.vm, request, name, argument);
 }
 
