@@ -3,7 +3,7 @@ is only printed is worth nothing."""
 
 import ast
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def expect_caught(patch: Path, shown: Shown) -> dict[str, bool]:
     killers = said_by(patch, "Killed-by")
     assert [check for check in killers if check not in shown.failed] == [], f"these checks let it pass:\n{shown}"
     assert shown.failed[0] == killers[0], f"what the student reads first is about another check:\n{shown}"
-    assert shown.status == int(next(iter(said_by(patch, "Status")), "1")), str(shown)
+    assert str(shown.status) in (said_by(patch, "Status") or ["1"]), str(shown)
     (phrase,) = said_by(patch, "Says")
     assert phrase in shown.output + shown.errors, f"expected {phrase!r} in:\n{shown}"
     assert "the check itself failed" not in shown.output, str(shown)
@@ -191,16 +191,21 @@ def send(event: Event) -> str:
 # ---- seeds ----
 
 
-def told(run: runner.Run) -> Iterable[dict[str, object]]:
-    """The events without what differs from run to run, and without the seed itself."""
-    times = {"ns", "guest_ns", "vmm_ns"}
-    events = [event for event in run.events if event.kind != "start"]
-    return [{name: value for name, value in event.fields.items() if name not in times} for event in events]
+def told(run: runner.Run) -> Iterator[dict[str, object]]:
+    """The events without what differs from run to run, and without the seed itself: times, and where the
+    guest was when an interrupt window opened (tests/deviations.toml: late-interrupt-window)."""
+    is_window = False
+    for event in run.events:
+        if event.kind == "exit":
+            is_window = event.reason == "IRQ_WINDOW_OPEN"
+        differing = {"ns", "guest_ns", "vmm_ns"} | ({"rip", "symbol"} if is_window else set())
+        if event.kind != "start":
+            yield {name: value for name, value in event.fields.items() if name not in differing}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_decides_all_that_happens(solutions: Path, name: str) -> None:
-    first, again, other = (told(recorded(solutions, name, seed)) for seed in (1, 1, 2))
+    first, again, other = (list(told(recorded(solutions, name, seed))) for seed in (1, 1, 2))
     assert first == again, "two runs with one seed differ"
     assert first != other, "two seeds do the same"
 
