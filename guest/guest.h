@@ -64,6 +64,10 @@ size_t strlen(const char *text);
 typedef bool (*trap_handler)(struct trap_frame *frame);
 void trap_handle(uint8_t vector, trap_handler handler); /* NULL: unhandled again */
 
+/* From the next NMI on they run on the stack that ends at top_gva, which is a multiple of 16. The
+ * answer is where the one before ends. */
+uint64_t trap_nmi_stack(uint64_t top_gva);
+
 /*
  * Call function(argument); false if it returned. If an exception interrupts it, in ring 0 or in ring
  * 3 below it, that no handler takes, the call is abandoned: *caught is the frame, and the answer is

@@ -81,6 +81,12 @@ void trap_install(void) {
 
 void trap_handle(uint8_t vector, trap_handler handler) { handlers[vector] = handler; }
 
+uint64_t trap_nmi_stack(uint64_t top_gva) {
+    uint64_t before_gva = tss.ist[0];
+    tss.ist[0] = top_gva;
+    return before_gva;
+}
+
 /* On a machine without the VMM the panic port does nothing, and this line is all there is. */
 static _Noreturn void panic_report(const struct panic *panic) {
     coverage_write();

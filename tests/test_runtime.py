@@ -150,6 +150,10 @@ def test_an_nmi_runs_on_a_stack_of_its_own_and_returns(irqchip: str, guest: Gues
     assert lines(runtime(guest, "take_nmi", f"--irqchip={irqchip}")) == ["vector 2 own stack 1", "and on"]
 
 
+def test_an_nmi_runs_on_the_stack_that_the_guest_chooses(guest: Guest) -> None:
+    assert lines(runtime(guest, "move_nmi_stack", "--irqchip=kernel")) == ["moved 1 says so 1 moved back 1"]
+
+
 def test_trap_try_does_not_catch_an_nmi(guest: Guest) -> None:
     run = runtime(guest, "try_nmi", "--irqchip=kernel")
     assert (run.status, run.output) == (3, "")

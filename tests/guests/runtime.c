@@ -306,10 +306,33 @@ static void send_nmi_and_wait(uint64_t argument) {
         ;
 }
 
+static uint64_t frame_gva; /* of the last NMI */
+
+static bool report_frame(struct trap_frame *frame) {
+    frame_gva = (uint64_t)frame;
+    interruptions++;
+    return true;
+}
+
 static void take_nmi(void) {
     trap_handle(VECTOR_NMI, report_stack);
     send_nmi_and_wait(0);
     printf("and on\n");
+}
+
+/* NMIs run where trap_nmi_stack() says, and again where they did before. */
+static void move_nmi_stack(void) {
+    static uint8_t stack[4096] __attribute__((aligned(16)));
+    trap_handle(VECTOR_NMI, report_frame);
+    uint64_t own_gva = trap_nmi_stack((uint64_t)(stack + sizeof stack));
+    send_nmi_and_wait(0);
+    bool is_moved = frame_gva - (uint64_t)stack < sizeof stack;
+    uint64_t moved_gva = trap_nmi_stack(own_gva);
+    interruptions = 0;
+    send_nmi_and_wait(0);
+    printf("moved %d says so %d moved back %d\n", is_moved,
+           moved_gva == (uint64_t)(stack + sizeof stack),
+           own_gva - frame_gva <= sizeof(struct trap_frame) + 16);
 }
 
 /* trap_try() is for exceptions: this is none, and nobody handles it. */
@@ -348,6 +371,7 @@ static const struct guest_case cases[] = {
     CASE(print_cpuid),
     CASE(handle_and_go_on),
     CASE(take_nmi),
+    CASE(move_nmi_stack),
     CASE(try_nmi),
     CASE(take_double_fault),
     CASE(take_undefined),
