@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "apic_registers.h"
 #include "x86.h"
 
 #define VECTOR_AC 17 /* beside those of x86.h, which no guest of ours raises */
@@ -118,9 +119,13 @@ static void ram_describe(void) {
     }
 }
 
-static void machine_create(void) {
+/* The VM. has_local_apic: the vCPU's is in the kernel. */
+static int machine_create(bool has_local_apic) {
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     int vm = KVM(kvm, KVM_CREATE_VM, 0);
+    struct kvm_enable_cap split = {.cap = KVM_CAP_SPLIT_IRQCHIP, .args = {24}};
+    if (has_local_apic)
+        KVM(vm, KVM_ENABLE_CAP, &split);
     vcpu = KVM(vm, KVM_CREATE_VCPU, 0);
     run = map(vcpu, MAP_SHARED, (size_t)KVM(kvm, KVM_GET_VCPU_MMAP_SIZE, 0));
     ram = map(-1, MAP_PRIVATE | MAP_ANONYMOUS, RAM_SIZE);
@@ -135,6 +140,7 @@ static void machine_create(void) {
     KVM(vcpu, KVM_SET_CPUID2, &supported);
     ram_map();
     ram_describe();
+    return vm;
 }
 
 /* ================================ The vCPU ================================ */
@@ -275,6 +281,25 @@ static enum verdict sti_shadow_lost(void) {
     vcpu_run();
     bool opened = left_for(KVM_EXIT_IRQ_WINDOW_OPEN);
     return verdict(opened && regs.rip > CODE + 1, opened && regs.rip == CODE + 1);
+}
+
+GUEST(interrupts_on, "sti; 1: jmp 1b");
+
+/* In another machine: a message comes, and at the exit that its handler makes we look at ISR. */
+static enum verdict interrupt_never_in_service(void) {
+    int vm = machine_create(true);
+    struct kvm_lapic_state apic;
+    struct kvm_msi message = {.address_lo = LAPIC_GPA, .data = 0x30};
+    KVM(vcpu, KVM_GET_LAPIC, &apic);
+    memcpy(apic.regs + LAPIC_SVR, &(uint32_t){LAPIC_SVR_ENABLE | 0xff}, sizeof(uint32_t));
+    KVM(vcpu, KVM_SET_LAPIC, &apic);
+    vcpu_start(interrupts_on, RING_0);
+    KVM(vm, KVM_SIGNAL_MSI, &message);
+    vcpu_run();
+    KVM(vcpu, KVM_GET_LAPIC, &apic);
+    uint32_t in_service; /* vectors 0x20 to 0x3f */
+    memcpy(&in_service, apic.regs + LAPIC_ISR + 0x10, sizeof in_service);
+    return verdict(left_at(0x30) && in_service == 1u << 16, left_at(0x30) && !in_service);
 }
 
 /* ---- exceptions that the VMM injects ---- */
@@ -457,6 +482,7 @@ static const struct probe {
     {"late-interrupt-window", late_interrupt_window},
     {"late-nmi", late_nmi},
     {"sti-shadow-lost", sti_shadow_lost},
+    {"interrupt-never-in-service", interrupt_never_in_service},
     {"fault-while-injecting-benign", fault_while_injecting_benign},
     {"fault-while-injecting-contributory", fault_while_injecting_contributory},
     {"selectors-in-ring-3", selectors_in_ring_3},
@@ -477,7 +503,7 @@ static const struct probe {
 
 static int probe_run(const struct probe *probe) {
     static const char *const words[] = {"conforms", "deviates", "neither"};
-    machine_create();
+    machine_create(false);
     alarm(5); /* no probe waits for anything */
     enum verdict seen = probe->run();
     puts(words[seen]);
