@@ -57,6 +57,9 @@ void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_h
 /* The seed of this run (--seed), the same that the guest finds on its command line. */
 uint64_t host_seed(void);
 
+/* The machine as it was built: what the image asks for, unless options of the VMM override it. */
+const struct machine_note *host_machine(void);
+
 /* The bytes [gpa, gpa + size) of guest memory, or NULL if any of them lies outside. Valid until the
  * VMM ends; the guest writes there too while it runs. */
 __attribute__((warn_unused_result)) void *host_memory(gpa_t gpa, uint64_t size);

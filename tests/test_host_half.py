@@ -83,6 +83,14 @@ def test_walk_and_translation_agree(api: Built) -> None:
     assert (not_canonical.mapped, not_canonical.steps) == (0, 0)
 
 
+def test_a_host_half_knows_the_machine_as_it_was_built(api: Built) -> None:
+    append = f"--append=command={half_command('api', 'MACHINE')}"
+    recorded = runner.run(api, ["--irqchip=split", "--memory=17", append], time_limit=20)
+    assert (recorded.status, recorded.output) == (0, "done\n"), recorded.errors
+    (machine,) = recorded.all("machine")
+    assert (machine.irqchip, machine.memory_mib) == (1, 17)
+
+
 def test_events_of_the_host_half_are_escaped(api: Built) -> None:
     (event,) = run(api, "STRINGS").all("strings")
     assert event.odd == '"\\\n\x01\x7f\xff/'

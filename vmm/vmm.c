@@ -1689,6 +1689,7 @@ void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_h
 }
 
 uint64_t host_seed(void) { return options.seed; }
+const struct machine_note *host_machine(void) { return &machine.note; }
 void *host_memory(gpa_t gpa, uint64_t size) { return memory_at(gpa, size); }
 const struct kvm_regs *host_regs(void) { return vcpu_regs(); }
 const struct kvm_sregs *host_sregs(void) { return vcpu_sregs(); }

@@ -68,6 +68,13 @@ static void try_walk(void) {
     walk_record(UINT64_C(1) << 62);
 }
 
+static void try_machine(void) {
+    event_begin("machine");
+    event_number("irqchip", host_machine()->irqchip);
+    event_number("memory_mib", host_machine()->memory_mib);
+    event_end();
+}
+
 static void use_null_pointer(void) {
     volatile int *volatile nowhere = NULL;
     *nowhere = 1; /* the crash */
@@ -110,6 +117,7 @@ static void command_access(struct access *access) {
     case COMMAND_STRINGS: try_strings(); break;
     case COMMAND_WALK: try_walk(); break;
     case COMMAND_INJECT: inject = true; break;
+    case COMMAND_MACHINE: try_machine(); break;
     }
 }
 

@@ -21,4 +21,5 @@ enum command {
     COMMAND_STRINGS,
     COMMAND_WALK,
     COMMAND_INJECT, /* a #PF */
+    COMMAND_MACHINE,
 };
