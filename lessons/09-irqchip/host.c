@@ -192,14 +192,13 @@ static void record_ioapic(void) {
 
 /* ---- the devices ---- */
 
-/* Write to an eventfd, and give its effect the time it takes: KVM may drive an I/O APIC's line from a
- * kernel thread. So two runs of one seed do the same. */
-static void eventfd_signal(int fd) {
-    uint8_t vectors[VECTORS];
+/* Write to an eventfd, and give its effect the time it takes: the line is high, or the vector requested.
+ * KVM may drive an I/O APIC's line from a kernel thread. So two runs of one seed do the same. */
+static void eventfd_signal(int fd, uint8_t vector) {
     eventfd_write(fd, 1);
     for (unsigned ms = 0; ms < 100; ms++) {
         struct kvm_lapic_state state = lapic_state();
-        if (pin_state(lab.plan.level_pin).is_high || lapic_vectors(&state, LAPIC_IRR, vectors))
+        if (pin_state(lab.plan.level_pin).is_high || lapic_bit(&state, LAPIC_IRR, vector))
             return;
         poll(NULL, 0, 1);
     }
@@ -215,7 +214,7 @@ static void level_assert(void) {
     event_end();
     lab.is_served = false;
     if (irqchip_is(MACHINE_IRQCHIP_KERNEL))
-        eventfd_signal(lab.line_fd);
+        eventfd_signal(lab.line_fd, lab.plan.vector[DEVICE_LEVEL]);
     else
         ioapic_line(lab.plan.level_pin, true);
 }
@@ -301,7 +300,7 @@ static void take_access(struct access *access) {
  * irqfd does shows in IRR. */
 static void stage_access(struct access *access) {
     if (access->data[0] == STAGE_END && !irqchip_is(MACHINE_IRQCHIP_NONE))
-        eventfd_signal(lab.bell_fd);
+        eventfd_signal(lab.bell_fd, lab.plan.vector[DEVICE_BELL]);
     event_begin("stage");
     event_number("stage", access->data[0]);
     record_lapic();
