@@ -73,7 +73,7 @@ static enum decision injection_decide(const struct situation *now) {
 static void nmi_hand_over(const struct situation *now) {
     /* BEGIN SOLUTION */
     if (!now->events.nmi.pending)
-        host_vcpu_number(KVM_NMI, 0);
+        (void)host_vcpu_number(KVM_NMI, 0);
     waiting.nmis = 0;
     /* STUB
     (void)now;
