@@ -23,7 +23,7 @@
  *             a read stand before the exit, those of a write behind it.
  *   inject    the host half puts an event into the guest: type ("interrupt", "nmi", "exception"), vector,
  *             error_code (absent if there is none); and of the last exit rip, symbol, if_flag, ready
- *             (kvm_run's ready_for_interrupt_injection)
+ *             (kvm_run's ready_for_interrupt_injection, which says nothing of a local APIC in the kernel)
  *   entry     KVM_RUN is about to be called, on a machine whose host half has before_entry. entry: the
  *             number of the exit that will end it; of the last exit if_flag, ready; window: an interrupt
  *             window is requested; what the guest takes with it: the vectors exception, interrupt (absent
@@ -42,7 +42,7 @@
  *             "triple fault", "emulation failure", "unknown access", "unknown exit", "time limit",
  *             "signal", "host failure"), exits, guest_ns, vmm_ns
  *
- *   trace     a line of KVM's own trace, put in by kvmlab where KTRACE=1 asks for it: point (name of
+ *   trace     a line of KVM's own trace, put in by kvmlab where KTRACE=1 or the lesson asks for it: point (name of
  *             the tracepoint), reason (where it has one), text (what it says). All that KVM did up to
  *             an exit stands before that exit; ns is reckoned back from it.
  *

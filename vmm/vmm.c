@@ -1651,16 +1651,14 @@ static void vcpu_enter(void) {
 }
 
 static void vm_run(void) {
-    for (;;) {
+    while (!outcome.ended) {
         vcpu_prepare_entry();
-        if (outcome.ended)
+        if (outcome.ended) /* nothing will end the halt that the guest is in */
             return;
         vcpu_enter();
         exit_dispatch();
         if (stop_signal && !outcome.ended)
             stop_end();
-        if (outcome.ended)
-            return;
     }
 }
 
