@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import support
-from variants import ENVIRONMENT, NAMES, Variant, command
+from variants import ENVIRONMENT, NAMES, Variant, command, is_done
 
 from kvmlab import cache, engine, lesson, machine, runner, trace
 from kvmlab.engine import CannotRun, Engine, Svm, Vmx
@@ -57,13 +57,15 @@ def told(run: runner.Run) -> list[dict[str, object]]:
     return events
 
 
-# What a lesson that looks into KVM's trace is about differs: when an event is taken, what was pending.
-@pytest.mark.parametrize("name", [name for name in NAMES if not lesson.load(ROOT / "lessons" / name).trace])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_leaves_the_same_events_on_every_engine(engines: Engines, build: Path, name: str) -> None:
+    """But where a host half injects: when the guest takes an event is the engine's choice, in part."""
     runs = [runner.run(runner.lesson_built(build, name), seed=5, engine=this) for this in engines.values()]
     for run in runs:
-        assert (run.status, run.output) == (0, runs[0].output)
-        assert told(run) == told(runs[0])
+        assert is_done(run, name), run.errors
+        assert run.output == runs[0].output
+        if not run.one("entry"):
+            assert told(run) == told(runs[0])
 
 
 @pytest.mark.parametrize("case", ["empty_idt", "enter_empty_space"])
