@@ -135,23 +135,6 @@ def test_a_halt_that_the_host_half_does_nothing_about_is_a_hang_at_once(api: Bui
     assert [event.if_flag for event in recorded.all("exit", reason="HLT")] == [1]
 
 
-def test_a_triple_fault_that_began_with_an_injected_exception_names_it(api: Built) -> None:
-    recorded = run(api, "INJECT", "empty=1")
-    assert (recorded.status, recorded.end.how) == (3, "triple fault")
-    (fault,) = recorded.all("triple_fault")
-    assert (fault.injected, fault.vector, fault.error_code, fault.cr2) == (1, 14, 2, 0x123456789000)
-    first, *rest = recorded.errors.splitlines()
-    assert "triple fault; it began with the injected #PF (page fault), error code 0x2" in first
-    assert any("page walk of gva 0x123456789000" in line for line in rest)
-    assert any("the IDT's limit 0x0 leaves no gate for vector 14" in line for line in rest)
-
-
-def test_an_injected_exception_that_is_handled_is_not_blamed_for_what_follows(api: Built) -> None:
-    recorded = run(api, "INJECT")
-    assert (recorded.status, recorded.end.how) == (3, "panic")
-    assert "unhandled exception #PF (page fault), error code 0x2" in recorded.errors
-
-
 # ---- a host half with bugs ----
 
 CRASHES = {

@@ -91,6 +91,23 @@ def test_an_exception_is_delivered_with_its_error_code(interrupts: Built) -> Non
     assert len(run.all("entry", exception=GP)) == 1
 
 
+def test_a_triple_fault_that_began_with_an_injected_exception_names_it(interrupts: Built) -> None:
+    run = command(interrupts, "PAGE_FAULT_WITHOUT_IDT")
+    assert (run.status, run.end.how) == (3, "triple fault")
+    (fault,) = run.all("triple_fault")
+    assert (fault.injected, fault.vector, fault.error_code, fault.cr2) == (1, 14, 2, 0x123456789000)
+    first, *rest = run.errors.splitlines()
+    assert "triple fault; it began with the injected #PF (page fault), error code 0x2" in first
+    assert any("page walk of gva 0x123456789000" in line for line in rest)
+    assert any("the IDT's limit 0x0 leaves no gate for vector 14" in line for line in rest)
+
+
+def test_an_injected_exception_that_is_handled_is_not_blamed_for_what_follows(interrupts: Built) -> None:
+    run = command(interrupts, "PAGE_FAULT")
+    assert (run.status, run.end.how) == (3, "panic")
+    assert "unhandled exception #PF (page fault), error code 0x2" in run.errors
+
+
 def test_what_was_there_before_is_not_recorded_as_injected(interrupts: Built) -> None:
     run = command(interrupts, "NO_EVENTS")
     assert (run.status, run.all("inject"), delivered(run)) == (0, [], [])

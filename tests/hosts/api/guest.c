@@ -1,5 +1,5 @@
 /* Touch the host half's memory as often as memory= says and what lies behind it, give the host half
- * the command that command= names (with an empty IDT), halt, hang: each if the command line asks for it. */
+ * the command that command= names, halt, hang: each if the command line asks for it. */
 #include "guest.h"
 #include "lab.h"
 
@@ -22,12 +22,6 @@ void guest_main(void) {
     }
     if (parameter_number("behind"))
         mmio_write32(LAB_MEMORY + LAB_MEMORY_SIZE, 0);
-    struct __attribute__((packed)) {
-        uint16_t limit;
-        uint64_t base;
-    } empty = {0};
-    if (parameter_number("empty"))
-        __asm__ volatile("lidt %0" : : "m"(empty));
     out8(LAB_COMMAND, (uint8_t)parameter_number("command"));
     if (parameter_number("halt"))
         __asm__ volatile("sti; hlt");

@@ -5,7 +5,7 @@
 #include "lab.h"
 
 static uint64_t entries, memory_writes;
-static bool loop_in_end, inject;
+static bool loop_in_end;
 
 static void event_of_memory(gpa_t gpa, uint64_t size) {
     event_begin("memory");
@@ -116,7 +116,6 @@ static void command_access(struct access *access) {
     case COMMAND_MEMORY: try_memory(); break;
     case COMMAND_STRINGS: try_strings(); break;
     case COMMAND_WALK: try_walk(); break;
-    case COMMAND_INJECT: inject = true; break;
     case COMMAND_MACHINE: try_machine(); break;
     }
 }
@@ -132,26 +131,7 @@ static bool memory_event(struct access *access) {
 }
 
 static void setup(void) { host_claim_pio(LAB_COMMAND, 1, "command", command_access); }
-
-static void inject_page_fault(void) {
-    struct kvm_sregs registers = *host_sregs();
-    struct kvm_vcpu_events queue = {0};
-    registers.cr2 = LAB_FAULT_GVA;
-    host_vcpu(KVM_SET_SREGS, &registers);
-    host_vcpu(KVM_GET_VCPU_EVENTS, &queue);
-    queue.exception.injected = 1;
-    queue.exception.nr = VECTOR_PF;
-    queue.exception.has_error_code = 1;
-    queue.exception.error_code = PF_ERROR_WRITE;
-    host_vcpu(KVM_SET_VCPU_EVENTS, &queue);
-}
-
-static void before_entry(void) {
-    entries++;
-    if (inject)
-        inject_page_fault();
-    inject = false;
-}
+static void before_entry(void) { entries++; }
 
 static void end(void) {
     event_begin("host_end");

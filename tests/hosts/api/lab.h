@@ -6,8 +6,6 @@
 #define LAB_MEMORY_SIZE 0x1000 /* ... and nothing behind it */
 #define LAB_MEMORY_WORD 0x12345678
 
-#define LAB_FAULT_GVA 0x123456789000
-
 enum command {
     COMMAND_NOTHING,
     COMMAND_NULL_POINTER,
@@ -20,6 +18,5 @@ enum command {
     COMMAND_MEMORY,
     COMMAND_STRINGS,
     COMMAND_WALK,
-    COMMAND_INJECT, /* a #PF */
     COMMAND_MACHINE,
 };

@@ -27,6 +27,14 @@ static void wait(void) {
         pause();
 }
 
+static void idt_empty(void) {
+    struct __attribute__((packed)) {
+        uint16_t limit;
+        uint64_t base;
+    } empty = {0};
+    __asm__ volatile("lidt %0" : : "m"(empty));
+}
+
 void guest_main(void) {
     enum command command = command_parse();
     trap_handle(VECTOR_GP, on_event);
@@ -34,6 +42,8 @@ void guest_main(void) {
     trap_handle(LAB_VECTOR, on_event);
     if (command == COMMAND_INTERRUPT || command == COMMAND_ONE_ONLY)
         sti();
+    if (command == COMMAND_PAGE_FAULT_WITHOUT_IDT)
+        idt_empty();
     out8(LAB_COMMAND, (uint8_t)command);
     switch (command) {
     case COMMAND_WINDOW:

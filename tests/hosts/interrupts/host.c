@@ -9,15 +9,26 @@ static struct {
     uint32_t window_after;
 } wanted;
 
-static void exception_inject(bool is_new) {
+static void exception_inject(uint8_t vector, uint32_t error_code) {
     struct kvm_vcpu_events events;
     host_vcpu(KVM_GET_VCPU_EVENTS, &events);
-    if (is_new) {
-        events.exception.injected = 1;
-        events.exception.nr = VECTOR_GP;
-        events.exception.has_error_code = 1;
-        events.exception.error_code = LAB_ERROR_CODE;
-    }
+    events.exception.injected = 1;
+    events.exception.nr = vector;
+    events.exception.has_error_code = 1;
+    events.exception.error_code = error_code;
+    host_vcpu(KVM_SET_VCPU_EVENTS, &events);
+}
+
+static void page_fault_inject(void) {
+    struct kvm_sregs registers = *host_sregs();
+    registers.cr2 = LAB_FAULT_GVA;
+    host_vcpu(KVM_SET_SREGS, &registers);
+    exception_inject(VECTOR_PF, PF_ERROR_WRITE);
+}
+
+static void events_set_as_they_are(void) {
+    struct kvm_vcpu_events events;
+    host_vcpu(KVM_GET_VCPU_EVENTS, &events);
     host_vcpu(KVM_SET_VCPU_EVENTS, &events);
 }
 
@@ -26,8 +37,10 @@ static void inject(void) {
     struct kvm_irq_level line = {.irq = 4, .level = 1};
     switch (wanted.command) {
     case COMMAND_HALT_NMI: host_vcpu_number(KVM_NMI, 0); break;
-    case COMMAND_EXCEPTION: exception_inject(true); break;
-    case COMMAND_NO_EVENTS: exception_inject(false); break;
+    case COMMAND_EXCEPTION: exception_inject(VECTOR_GP, LAB_ERROR_CODE); break;
+    case COMMAND_PAGE_FAULT:
+    case COMMAND_PAGE_FAULT_WITHOUT_IDT: page_fault_inject(); break;
+    case COMMAND_NO_EVENTS: events_set_as_they_are(); break;
     case COMMAND_BAD_VECTOR: host_vcpu(KVM_INTERRUPT, &bad_interrupt); break;
     case COMMAND_BAD_LINE: host_vm(KVM_IRQ_LINE, &line); break;
     default: host_vcpu(KVM_INTERRUPT, &(struct kvm_interrupt){.irq = LAB_VECTOR}); break;

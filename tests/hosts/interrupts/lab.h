@@ -5,6 +5,7 @@
 #define LAB_REPORT 0x504  /* four bytes: a vector that was delivered, its error code above it */
 #define LAB_VECTOR 0x31
 #define LAB_ERROR_CODE 0x18
+#define LAB_FAULT_GVA 0x123456789000
 
 enum command {
     COMMAND_INTERRUPT,      /* inject at once */
@@ -16,7 +17,9 @@ enum command {
     COMMAND_HALT_NMI,
     COMMAND_HALT_NOTHING,
     COMMAND_EXCEPTION,
-    COMMAND_NO_EVENTS, /* set the vCPU's events to what they are */
+    COMMAND_PAGE_FAULT,             /* which the guest does not handle, */
+    COMMAND_PAGE_FAULT_WITHOUT_IDT, /* and of which it can know nothing */
+    COMMAND_NO_EVENTS,              /* set the vCPU's events to what they are */
     COMMAND_BAD_VECTOR,
     COMMAND_BAD_LINE, /* of a controller that this machine has not */
 };
