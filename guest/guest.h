@@ -220,19 +220,6 @@ static inline void pause(void) { __asm__ volatile("pause" : : : "memory"); }
 /* Turn interrupts on and stop until one comes: STI's shadow keeps it from coming in between. */
 static inline void sti_halt(void) { __asm__ volatile("sti; hlt" : : : "memory"); }
 
-static inline uint64_t msr_read(uint32_t msr) {
-    uint32_t low;
-    uint32_t high;
-    __asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(msr) : "memory");
-    return low | (uint64_t)high << 32;
-}
-static inline void msr_write(uint32_t msr, uint64_t value) {
-    __asm__ volatile("wrmsr"
-                     :
-                     : "a"((uint32_t)value), "d"((uint32_t)(value >> 32)), "c"(msr)
-                     : "memory");
-}
-
 /* Stop until an interrupt comes. With interrupts off that ends the run, as a success, but on a machine
  * whose local APIC is in the kernel: there only guest_exit() ends it. */
 static inline void halt(void) { __asm__ volatile("hlt" : : : "memory"); }

@@ -18,11 +18,10 @@
 #define LAPIC_DFR 0x0e0 /* destination format: all ones is the flat model, a bit for each CPU */
 #define LAPIC_SVR 0x0f0 /* the vector of spurious interrupts */
 #define LAPIC_SVR_ENABLE (1u << 8)
-#define LAPIC_ISR 0x100     /* in service: a bit for each vector, in eight registers of 32 */
-#define LAPIC_TMR 0x180     /* which of them came level-triggered */
-#define LAPIC_IRR 0x200     /* requested: accepted, and not in service yet */
-#define LAPIC_ICR_LOW 0x300 /* a write sends an interprocessor interrupt */
-#define LAPIC_ICR_HIGH 0x310
+#define LAPIC_ISR 0x100       /* in service: a bit for each vector, in eight registers of 32 */
+#define LAPIC_TMR 0x180       /* which of them came level-triggered */
+#define LAPIC_IRR 0x200       /* requested: accepted, and not in service yet */
+#define LAPIC_ICR_LOW 0x300   /* a write sends an interprocessor interrupt */
 #define LAPIC_LVT_TIMER 0x320 /* what the timer sends; bits 18:17 are its mode, 0 is one-shot */
 #define LAPIC_LVT_MASKED (1u << 16)
 #define LAPIC_TIMER_INITIAL 0x380 /* a write starts the timer; 0 stops it */
