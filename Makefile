@@ -101,7 +101,7 @@ $(BUILD)/guest/%.o: guest/%.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_COVERAGE) -c $< -o $@
 
-VMM_OBJECTS = $(BUILD)/vmm/vmm.o $(BUILD)/vmm/image.o
+VMM_OBJECTS = $(patsubst %,$(BUILD)/vmm/%.o,vmm image statistics)
 
 $(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile
 	@mkdir -p $(@D)

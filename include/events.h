@@ -38,6 +38,12 @@
  *   emulation_failure
  *             rip, symbol, bytes: those at rip
  *   hang      rip, symbol
+ *   statistics
+ *             KVM's own counters. when: "end" for the one that stands at the end of each run, or what a host
+ *             half calls the moment; and a number for each counter, by KVM's name for it (exits, io_exits,
+ *             pf_taken, tlb_flush, invlpg, pages_4k, ...; arch/x86/include/asm/kvm_host.h, struct
+ *             kvm_vcpu_stat and struct kvm_vm_stat). They count from the VM's creation on; those of 4 KiB
+ *             pages and the like say what there is now. Without KVM_GET_STATS_FD there is only when.
  *   end       the last one: status (of the VMM), how ("exit", "halt", "panic", "todo", "cannot",
  *             "triple fault", "emulation failure", "unknown access", "unknown exit", "time limit",
  *             "signal", "host failure"), exits, guest_ns, vmm_ns

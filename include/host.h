@@ -149,6 +149,13 @@ void event_string(const char *name, const char *value);
 void event_bytes(const char *name, const void *bytes, uint64_t size); /* "00ff..." */
 void event_end(void);
 
+/*
+ * Put KVM's own counters of the VM and of the vCPU into the record: an event `statistics`, whose field
+ * `when` is the text given. They count from the VM's creation on, so what happened between two moments
+ * is a difference. The VMM does so itself at the end of each run (when: "end").
+ */
+void host_statistics(const char *when);
+
 /* End the run: this machine lacks what the lesson needs, such as "its KVM has no dirty ring". */
 _Noreturn void host_cannot(const char *what);
 

@@ -49,9 +49,12 @@ def _vmx(engines: Engines) -> None:
 
 
 def told(run: runner.Run) -> list[dict[str, object]]:
-    """The events, without times, and without the rip of a write, which may be that of the next instruction."""
+    """The events, without times, without KVM's counters, and without the rip of a write, which may be that of
+    the next instruction."""
     events = []
     for event in run.events:
+        if event.kind == "statistics":
+            continue
         varying = {"ns", "guest_ns", "vmm_ns"} | ({"rip", "symbol"} if event.get("is_write") else set())
         events.append({name: value for name, value in event.fields.items() if name not in varying})
     return events

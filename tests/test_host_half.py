@@ -1,6 +1,7 @@
 """The API of host halves (include/host.h), used well and badly."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,19 @@ def test_a_host_half_may_say_what_the_machine_lacks(api: Built) -> None:
     assert (recorded.status, recorded.end.how) == (77, "cannot")
     one_line(recorded.errors, "vmm: this machine cannot run the lesson: it has no such thing")
     assert recorded.lacking == "it has no such thing"
+
+
+def test_a_host_half_may_record_kvms_counters_at_any_moment(api: Built) -> None:
+    moment, end = run(api, "STATISTICS").all("statistics")
+    assert (moment.when, end.when) == ('a "moment"', "end")
+    assert moment.fields.keys() == end.fields.keys() >= {"exits", "mmio_exits", "pf_taken", "tlb_flush", "pages_4k"}
+    assert moment.exits < end.exits, "between the two there is the guest's console output"
+
+
+def test_without_a_record_there_are_no_counters_either(api: Built) -> None:
+    append = f"--append=command={half_command('api', 'STATISTICS')}"
+    done = subprocess.run([api.vmm, append, api.image], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 def test_an_event_that_a_todo_leaves_open_is_closed(api: Built) -> None:

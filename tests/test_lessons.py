@@ -192,14 +192,14 @@ def send(event: Event) -> str:
 
 
 def told(run: runner.Run) -> Iterator[dict[str, object]]:
-    """The events without what differs from run to run, and without the seed itself: times, and where the
-    guest was when an interrupt window opened (tests/deviations.toml: late-interrupt-window)."""
+    """The events without what differs from run to run, and without the seed itself: times, KVM's counters,
+    and where the guest was when an interrupt window opened (tests/deviations.toml: late-interrupt-window)."""
     is_window = False
     for event in run.events:
         if event.kind == "exit":
             is_window = event.reason == "IRQ_WINDOW_OPEN"
         differing = {"ns", "guest_ns", "vmm_ns"} | ({"rip", "symbol"} if is_window else set())
-        if event.kind != "start":
+        if event.kind not in ("start", "statistics"):
             yield {name: value for name, value in event.fields.items() if name not in differing}
 
 

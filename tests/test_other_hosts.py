@@ -60,7 +60,7 @@ def test_an_exit_of_unknown_reason_is_loud_and_fatal(
     done = call(f"--events={record}", guest("hello").image, env=host("unknown_exit"))
     assert done.returncode == 3
     one_line(done.stderr, "KVM exits with reason 12345, which this VMM does not know, at rip 0x")
-    *_, exit_, end = events.read(record)
+    *_, exit_, _statistics, end = events.read(record)
     assert (exit_.reason, exit_.reason_number, end.how) == ("?", 12345, "unknown exit")
 
 
@@ -79,9 +79,17 @@ def test_a_triple_fault_is_explained_even_where_kvm_resets_the_registers(
     assert texts[0] == texts[1]
     assert (there.returncode, there.stdout) == (here.returncode, here.stdout)
     record = events.read(tmp_path / "events")
-    assert [event.kind for event in record[-2:]] == ["triple_fault", "end"]
-    assert record[-2].fields.keys() >= {"rip", "symbol", "vector", "error_code", "cr2"}
+    fault, *behind = record[-3:]
+    assert [fault.kind, *(event.kind for event in behind)] == ["triple_fault", "statistics", "end"]
+    assert fault.fields.keys() >= {"rip", "symbol", "vector", "error_code", "cr2"}
     (fault_here,) = (event for event in events.read(tmp_path / "here") if event.kind == "triple_fault")
     own = {"seq", "ns"}
-    assert record[-2].fields | dict.fromkeys(own) == fault_here.fields | dict.fromkeys(own)
+    assert fault.fields | dict.fromkeys(own) == fault_here.fields | dict.fromkeys(own)
     assert "DEBUG" not in [event.get("reason") for event in record], "the repetition is not part of the record"
+
+
+def test_a_kvm_that_keeps_no_counters_leaves_none(call: Call, host: Environment, guest: Guest, tmp_path: Path) -> None:
+    record = tmp_path / "events"
+    assert call(f"--events={record}", guest("hello").image, env=host("no_counters")).returncode == 0
+    (statistics,) = (event for event in events.read(record) if event.kind == "statistics")
+    assert set(statistics.fields) == {"seq", "ns", "kind", "when"}

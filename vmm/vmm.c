@@ -1,6 +1,6 @@
 /*
  * kvmlab's virtual machine monitor: one guest, one vCPU, one file. (Files of images are read by
- * image.c, which knows nothing of KVM.)
+ * image.c, which knows nothing of KVM, and KVM's counters by statistics.c.)
  *
  * How to read it. main(), at the end, is the table of contents: each line is one stage in the life
  * of a virtual machine. The sections stand in the order in which a machine comes to life, and each
@@ -1748,6 +1748,17 @@ int host_vm_ioctl(unsigned long request, const char *name, void *argument) {
     return ioctl_or_die(machine.vm, request, name, argument);
 }
 
+/* KVM counts for its own ends, and does not stop: what one run leaves is not what the next will. */
+void host_statistics(const char *when) {
+    if (!events.file)
+        return;
+    event_begin("statistics");
+    event_string("when", when);
+    statistics_add(machine.vm);
+    statistics_add(machine.vcpu);
+    event_end();
+}
+
 void host_todo(const char *location, const char *task) {
     say_todo(location, task);
     events_close(STATUS_FAILED, "todo");
@@ -1804,6 +1815,7 @@ int main(int argc, char **argv) {
     if (half.setup)
         half.setup();
     vm_run();
+    host_statistics("end");
     time_limit_set(options.time_limit);
     if (half.end)
         half.end();

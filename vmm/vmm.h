@@ -1,5 +1,5 @@
 /*
- * What vmm.c and image.c need of each other. Lessons use include/host.h.
+ * What vmm.c, image.c and statistics.c need of each other. Lessons use include/host.h.
  */
 #pragma once
 
@@ -60,3 +60,9 @@ struct symbol_text {
 struct symbol_text symbol_at(gva_t gva);
 /* An address for a person: "0x100a32 (console_write+0x12)". */
 struct symbol_text symbol_or_address(gva_t gva);
+
+/* ---- statistics.c ---- */
+
+/* Add the counters that KVM keeps of this VM or vCPU to the event that is open, by KVM's names for
+ * them: KVM_GET_STATS_FD. Nothing if this KVM has none. */
+void statistics_add(int vm_or_vcpu);

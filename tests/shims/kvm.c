@@ -7,6 +7,7 @@
  *   unknown_exit  the first exit has a reason that nobody knows
  *   run_fails     KVM_RUN fails
  *   no_sync_regs  the capability KVM_CAP_SYNC_REGS is missing
+ *   no_counters   there is no KVM_GET_STATS_FD
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -54,8 +55,9 @@ int ioctl(int fd, unsigned long request, ...) {
     if (request == KVM_CHECK_EXTENSION && (long)argument == KVM_CAP_SYNC_REGS &&
         shim_is("no_sync_regs"))
         return 0;
-    if (request == KVM_RUN && shim_is("run_fails")) {
-        errno = EFAULT;
+    if ((request == KVM_RUN && shim_is("run_fails")) ||
+        (request == KVM_GET_STATS_FD && shim_is("no_counters"))) {
+        errno = request == KVM_RUN ? EFAULT : ENOTTY;
         return -1;
     }
     int result = real(fd, request, argument);

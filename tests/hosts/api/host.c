@@ -117,6 +117,7 @@ static void command_access(struct access *access) {
     case COMMAND_STRINGS: try_strings(); break;
     case COMMAND_WALK: try_walk(); break;
     case COMMAND_MACHINE: try_machine(); break;
+    case COMMAND_STATISTICS: host_statistics("a \"moment\""); break;
     }
 }
 

@@ -19,4 +19,5 @@ enum command {
     COMMAND_STRINGS,
     COMMAND_WALK,
     COMMAND_MACHINE,
+    COMMAND_STATISTICS,
 };
