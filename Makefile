@@ -23,6 +23,9 @@ run: build-lesson ## LESSON=n [SEED=s] [ENGINE=e] [EVENTS=file] [KTRACE=1] [KVM_
 check: build-lesson ## LESSON=n [SEED=s] [ENGINE=e] [KVM_PARAMS=...]  the same checks over several seeds, with points
 	@$(KVMLAB) check $(LESSON) $(HOW)
 
+compare: build-lesson ## LESSON=n [SEED=s] [ENGINE=e]  the lesson on several machines, and what differs, as a table
+	@$(KVMLAB) compare $(LESSON) $(if $(SEED),--seed='$(SEED)') $(if $(ENGINE),--engine='$(ENGINE)')
+
 list: setup-run ## the lessons
 	@$(KVMLAB) list
 
@@ -57,7 +60,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check list hint handout test cover doctor lint setup help clean build-lesson build-all build-asan
+.PHONY: run check compare list hint handout test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 

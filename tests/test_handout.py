@@ -15,7 +15,8 @@ from kvmlab.plugin import ROOT
 pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
-PROOF = {f"tests/test_{name}.py" for name in ("commands", "engines", "handout", "lessons")} | {"tests/variants.py"}
+PROOF_OF = ("commands", "compare", "engines", "handout", "lesson_texts", "lessons")
+PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/variants.py"}
 
 
 @pytest.fixture(scope="session")

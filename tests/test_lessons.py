@@ -226,7 +226,7 @@ def test_two_seeds_share_no_address(solutions: Path) -> None:
 def test_a_lesson_is_complete(name: str) -> None:
     folder = ROOT / "lessons" / name
     assert re.fullmatch(r"\d\d-[a-z0-9-]+", name)
-    for file in ("README.md", "guest.c", "test_lesson.py"):
+    for file in ("README.md", "guest.c", "test_lesson.py", "quotes.py"):
         assert (folder / file).is_file(), f"{name} has no {file}"
     this = lesson.load(folder)
     assert this.title

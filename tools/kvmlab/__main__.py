@@ -1,4 +1,4 @@
-"""The commands behind `make run`, `check`, `list`, `hint` and `handout`."""
+"""The commands behind `make run`, `check`, `compare`, `list`, `hint` and `handout`."""
 
 import argparse
 import contextlib
@@ -29,6 +29,12 @@ def _lesson(arguments: argparse.Namespace) -> Lesson:
     return lessons.find(arguments.lessons, arguments.lesson)
 
 
+def _seed_chosen(arguments: argparse.Namespace) -> int:
+    """The one that the user asks for, or else a new one."""
+    seed: int = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
+    return seed
+
+
 def _run(arguments: argparse.Namespace) -> int:
     return _on_some_engine(arguments, _run_lesson)
 
@@ -36,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     from kvmlab import judge, runner
 
-    seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
+    seed = _seed_chosen(arguments)
     built = runner.lesson_built(arguments.build, lesson.name)
     events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
     _must_be_writable(events)
@@ -105,6 +111,24 @@ def _check_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     return 1 if failed else 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    return _on_some_engine(arguments, _compare_lesson)
+
+
+def _compare_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
+    from kvmlab import compare
+
+    seed = _seed_chosen(arguments)
+    print(f"lesson {lesson.number}: {lesson.title} (SEED={seed})", flush=True)
+    try:
+        for line in compare.compare(lesson, arguments.build, arguments.engine, seed):
+            print(line, flush=True)
+    except compare.UnfinishedError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    return 0
+
+
 def _list(arguments: argparse.Namespace) -> int:
     for lesson in lessons.load_all(arguments.lessons):
         print(f"{lesson.number:3}  {lesson.title}  ({sum(lesson.points.values())} points, {lesson.folder})")
@@ -158,13 +182,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lessons", type=Path, default=Path("lessons"))
     parser.add_argument("--build", type=Path, default=Path("build"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, function in {"run": _run, "check": _check, "hint": _hint}.items():
+    for name, function in {"run": _run, "check": _check, "compare": _compare, "hint": _hint}.items():
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("lesson", nargs="?", help="1, 01 or 01-vm-exit")
         if name != "hint":
             command.add_argument("--seed", type=_seed)
             command.add_argument("--engine", default="auto")
+        if name in ("run", "check"):
             command.add_argument("--kvm-params", default="")
             command.add_argument("--trace", action="store_true")
         if name == "run":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvmlab import cache
@@ -168,6 +169,18 @@ def start_vmx(place: Path, folder: Path) -> OwnMachine:
     """Start the emulated Intel machine in this folder, without waiting until it is ready."""
     (folder / "boot.iso").symlink_to(place / "boot.iso")
     return OwnMachine(folder, cache.BOCHS)
+
+
+@contextlib.contextmanager
+def one_vmx() -> Iterator[None]:
+    """As long as this lasts, all engines of this kind, in this process and in those that it starts, use one
+    emulated machine: it takes its time to start."""
+    with contextlib.ExitStack() as closing:
+        folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="kvmlab-vmx-")))
+        closing.enter_context(contextlib.closing(start_vmx(cache.ready("vmx"), folder)))
+        os.environ[SHARED_VMX] = str(folder)
+        closing.callback(os.environ.pop, SHARED_VMX)
+        yield
 
 
 def _show(output: bytes) -> None:

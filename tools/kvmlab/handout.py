@@ -11,8 +11,10 @@ from kvmlab.lesson import UsageError
 _LEFT_OUT = {
     "tests/mutants",
     "tests/test_commands.py",
+    "tests/test_compare.py",
     "tests/test_engines.py",
     "tests/test_handout.py",
+    "tests/test_lesson_texts.py",
     "tests/test_lessons.py",
     "tests/variants.py",
 }

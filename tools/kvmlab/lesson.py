@@ -1,8 +1,10 @@
 """The lessons: what lesson.toml says, and where a built lesson lies."""
 
+import importlib.util
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 
 class UsageError(Exception):
@@ -40,6 +42,16 @@ class Lesson:
     @property
     def tests(self) -> Path:
         return self.folder / "test_lesson.py"
+
+    def module(self, name: str) -> ModuleType | None:
+        """A module that lies in the lesson's folder, if it has one of this name."""
+        path = self.folder / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"{self.folder.name}.{name}", path)
+        if not path.exists() or not spec or not spec.loader:
+            return None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
 
 def load(folder: Path) -> Lesson:

@@ -2,18 +2,16 @@
 
 import contextlib
 import functools
-import os
 import secrets
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from kvmlab import cache, runner
+from kvmlab import runner
 from kvmlab.cache import ROOT as ROOT
-from kvmlab.engine import ENGINES, SHARED_VMX, Engine, kvm_problem, start_vmx
+from kvmlab.engine import ENGINES, Engine, kvm_problem, one_vmx
 from kvmlab.lesson import Lesson, load
 from kvmlab.runner import Built, Run
 
@@ -53,17 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
     engines = given.split(",") if given else ["svm" if kvm_problem() else "kvm"]
     config.stash[ROUNDS] = [Round(engine, seed) for engine in engines for seed in seeds]
     if "vmx" in engines and "vmx" not in opened and not decided and not config.option.collectonly:
-        _share_vmx(config)
-
-
-def _share_vmx(config: pytest.Config) -> None:
-    """Start the machine that the workers of xdist share, and what they call: it takes its time to start."""
-    closing = contextlib.ExitStack()
-    config.add_cleanup(closing.close)
-    folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="kvmlab-vmx-")))
-    closing.enter_context(contextlib.closing(start_vmx(cache.ready("vmx"), folder)))
-    os.environ[SHARED_VMX] = str(folder)
-    closing.callback(os.environ.pop, SHARED_VMX)
+        # The workers of xdist share it, and what they call.
+        closing = contextlib.ExitStack()
+        closing.enter_context(one_vmx())
+        config.add_cleanup(closing.close)
 
 
 @pytest.hookimpl(optionalhook=True)
