@@ -1,9 +1,13 @@
-/* The memory functions that GCC may call even in freestanding code, as single string instructions. */
+/* The memory functions that GCC may call even in freestanding code, as string instructions. Some
+ * engines interpret each step of one. */
 #include "guest.h"
 
 void *memcpy(void *restrict to, const void *restrict from, size_t size) {
     void *start = to;
-    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
+    size_t words = size / sizeof(uint64_t);
+    size_t bytes = size % sizeof(uint64_t);
+    __asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words) : : "memory");
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(bytes) : : "memory");
     return start;
 }
 

@@ -1,6 +1,7 @@
 """The lessons' texts quote a run with SEED=7: what they say is what such a run gives. A lesson's quotes.py has
 the quotes: for each engine that the text names, a function that makes them of a run there."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from variants import NAMES, is_done
 
 from kvmlab import lesson, runner
-from kvmlab.engine import Engine
+from kvmlab.engine import ENGINES, Engine
 from kvmlab.plugin import ROOT
 from kvmlab.runner import Run
 
@@ -30,10 +31,14 @@ def quotes_of(name: str) -> dict[str, Callable[[Run], list[str]]]:
 
 @pytest.mark.parametrize(("name", "engine"), [(name, engine) for name in NAMES for engine in quotes_of(name)])
 def test_a_text_quotes_what_a_run_gives(name: str, engine: str, build: Path, engines: dict[str, Engine]) -> None:
-    """With KVM's trace, where the engine has one."""
-    if engine not in engines:
-        pytest.skip(f"this session is without {engine}: --engines=kvm,svm,vmx")
-    run = runner.run(runner.lesson_built(build, name), seed=SEED, trace=engine != "kvm", engine=engines[engine])
+    """With KVM's trace, where the engine has one; and with parameters of its KVM: "svm npt=0"."""
+    engine_name, _, params = engine.partition(" ")
+    if engine_name not in engines:
+        pytest.skip(f"this session is without {engine_name}: --engines=kvm,svm,vmx")
+    built = runner.lesson_built(build, name)
+    with contextlib.closing(ENGINES[engine_name](params)) if params else contextlib.nullcontext() as own:
+        chosen = own or engines[engine_name]
+        run = runner.run(built, seed=SEED, trace=engine_name != "kvm", engine=chosen)
     assert is_done(run, name), run.errors
     said = text(name)
     wrong = [quote for quote in quotes_of(name)[engine](run) if " ".join(quote.split()) not in said]
@@ -49,5 +54,6 @@ def test_a_text_names_files_and_functions_that_exist(name: str) -> None:
     quoted = set(re.findall(r"`([^`]+)`", prose))
     files = {word for word in quoted if re.fullmatch(r"(vmm|guest|include)/[\w.]+", word)}
     assert [word for word in sorted(files) if not (ROOT / word).exists()] == []
-    ours = {word for word in quoted if re.fullmatch(r"(?!handle_|kvm_|io_|pio_|em_|vmx_|init_)[a-z]+_\w+(\(\))?", word)}
+    of_linux = "handle|kvm|io|pio|em|vmx|init|pf|mmu|rmap"
+    ours = {word for word in quoted if re.fullmatch(rf"(?!({of_linux})_)[a-z]+_\w+(\(\))?", word)}
     assert [word for word in sorted(ours) if word.removesuffix("()") not in sources] == []

@@ -29,6 +29,7 @@ class Run:
     kernel_log: str = ""
     seed: int = 0
     engine: str = Kvm.name
+    kvm_params: str = ""  # how its KVM was loaded
     events: list[Event] = field(default_factory=list)
 
     def all(self, kind: str, /, **fields: object) -> list[Event]:
@@ -122,7 +123,7 @@ def _run(outcome: Outcome, seed: int, engine: Engine, events: list[Event]) -> Ru
     # As a shell has it: 128 and the number of the signal.
     status = outcome.status if outcome.status >= 0 else 128 - outcome.status
     output, errors = (text.decode(errors="replace") for text in (outcome.output, outcome.errors))
-    return Run(status, output, errors, outcome.kernel_log, seed, engine.name, events)
+    return Run(status, output, errors, outcome.kernel_log, seed, engine.name, engine.params, events)
 
 
 def crash_location(built: Built, errors: str) -> str:
