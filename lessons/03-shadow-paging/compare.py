@@ -24,7 +24,7 @@ def exits(run: Run, reasons: Sequence[str]) -> int:
 
 
 def table(runs: Sequence[Run]) -> Iterable[Sequence[object]]:
-    yield "", *(" ".join([run.engine, run.kvm_params]) for run in runs)
+    yield "", *(f"{run.engine} {run.kvm_params}".strip() for run in runs)
     yield "exits, by KVM's tracepoint", *(len(run.all("trace", point="kvm_exit")) for run in runs)
     for name, reasons in REASONS.items():
         yield f"  {name}", *(exits(run, reasons) for run in runs)

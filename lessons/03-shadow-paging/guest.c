@@ -9,7 +9,7 @@ MACHINE(.memory_mib = MEMORY_MIB, .irqchip = MACHINE_IRQCHIP_NONE, .devices = MA
 
 #define PERMISSIONS (PTE_WRITABLE | PTE_USER | PTE_NO_EXECUTE)
 #define SHADOWS_MAX 64
-#define MAPPINGS_MAX 4
+#define MAPPINGS_MAX 4 /* no inner page is mapped at more places at once */
 
 /* The shadow of an inner table. Entry i of the one stands for entry i of the other. */
 struct shadow {
@@ -21,7 +21,7 @@ struct shadow {
 struct page {
     uint64_t gpa;   /* where it really is */
     bool is_table;  /* one of the inner page tables: shadowed, and protected from writes */
-    bool is_unsync; /* but the program may write to it just now, and so outdate its shadow */
+    bool is_unsync; /* a table that is not protected at present: its shadow may be out of date */
     struct shadow *shadow[5]; /* of the table that it is, for each level it is used at; or NULL */
     uint64_t *mapped_by[MAPPINGS_MAX]; /* leaf entries of shadows that point to it, or NULL */
 };
@@ -34,7 +34,8 @@ static struct page *owner[FRAMES]; /* of each frame from FRAMES_GPA on, if it ha
 static struct shadow shadows[SHADOWS_MAX];
 static unsigned shadows_count;
 
-/* The page at this inner gpa; NULL if the inner machine has no memory there. */
+/* The page at this inner gpa (an address, without the flags of an entry); NULL if the inner machine has
+ * no memory there. */
 static struct page *page_at(uint64_t inner_gpa) {
     return inner_gpa / PAGE_SIZE < INNER_PAGES ? &pages[inner_gpa / PAGE_SIZE] : NULL;
 }
@@ -76,13 +77,15 @@ static void leaf_set(const struct shadow *shadow, unsigned index, struct page *p
                      uint64_t permissions) {
     uint64_t *entry = &page_table(shadow->gpa)[index];
     entry_drop(shadow, index);
-    uint64_t **mapping = mapping_find(page, NULL);
-    if (mapping)
-        *mapping = entry;
-    else
-        PANIC("leaf_set: more shadow entries point to this page than inner entries do; is a new "
-              "shadow made where there is one?");
-    *entry = page->gpa | permissions | PTE_PRESENT;
+    uint64_t **free = page ? mapping_find(page, NULL) : NULL;
+    if (page && free) {
+        *free = entry;
+        *entry = page->gpa | permissions | PTE_PRESENT;
+    } else {
+        PANIC(page ? "leaf_set: more shadow entries point to this page than inner entries do; is a "
+                     "new shadow made where there is one?"
+                   : "leaf_set: there is no page to map; has inner_walk() set walk.page?");
+    }
 }
 
 /* Forget all shadows. The tables in them are not given back: there are enough. */
@@ -97,12 +100,13 @@ static void tlb_flush(void) { cr3_write(cr3_read()); }
 
 /* ---- what you write: shadows and their tables ---- */
 
-/* From now on, a write to this page by the inner program faults, wherever it is mapped. */
+/* Wherever this page is mapped now, a write to it by the inner program is to fault. (What is mapped later
+ * is shadow_fill's business.) */
 static void page_protect(struct page *page) {
     /* BEGIN SOLUTION */
-    for (unsigned i = 0; i < MAPPINGS_MAX; i++)
-        if (page->mapped_by[i])
-            *page->mapped_by[i] &= ~PTE_WRITABLE;
+    for (unsigned at = 0; at < MAPPINGS_MAX; at++)
+        if (page->mapped_by[at])
+            *page->mapped_by[at] &= ~PTE_WRITABLE;
     tlb_flush();
     /* STUB
     (void)page, (void)tlb_flush;
@@ -110,9 +114,9 @@ static void page_protect(struct page *page) {
     END SOLUTION */
 }
 
-/* The shadow of the inner table at inner_gpa, which the inner machine has, for this level: the one there
- * is, or else a new one (shadow_add); and then the table is protected, so that no write to it goes
- * unseen. */
+/* The shadow that the inner table at inner_gpa has for this level. If it has none, make one (shadow_add).
+ * Its page is a table from then on (is_table), and protected, so that no write to it goes unseen. Inner
+ * memory is there: page_at() is not NULL. */
 static struct shadow *shadow_of(uint64_t inner_gpa, unsigned level) {
     /* BEGIN SOLUTION */
     struct page *table = page_at(inner_gpa);
@@ -134,8 +138,9 @@ static struct shadow *shadow_of(uint64_t inner_gpa, unsigned level) {
 struct walk {
     enum { WALK_MAPPED, WALK_NOT_PRESENT, WALK_BEYOND_MEMORY } end;
     uint64_t
-        *entry[5]; /* the inner entry of each level, 4 to 1, as far as the walk came; else NULL */
-    uint64_t permits;  /* PTE_WRITABLE, PTE_USER, PTE_NO_EXECUTE: what the whole path says */
+        *entry[5]; /* the inner entries it has read, by level, the last one included; else NULL */
+    uint64_t
+        permits; /* PTE_WRITABLE and PTE_USER if all of them have it, PTE_NO_EXECUTE if one has */
     struct page *page; /* what the leaf points to, if WALK_MAPPED */
 };
 
@@ -143,15 +148,13 @@ struct walk {
  * an inner entry is an inner gpa: page_at() says where that really is, if anywhere. */
 static struct walk inner_walk(uint64_t gva) {
     /* BEGIN SOLUTION */
-    struct walk walk = {.permits = PTE_WRITABLE | PTE_USER};
+    struct walk walk = {.permits = PTE_WRITABLE | PTE_USER, .end = WALK_NOT_PRESENT};
     struct page *page = page_at(inner_cr3);
     for (unsigned level = 4; page && level >= 1; level--) {
         uint64_t *entry = &page_table(page->gpa)[page_index(gva, level)];
         walk.entry[level] = entry;
-        if (!(*entry & PTE_PRESENT)) {
-            walk.end = WALK_NOT_PRESENT;
+        if (!(*entry & PTE_PRESENT))
             return walk;
-        }
         walk.permits &= *entry | PTE_NO_EXECUTE;
         walk.permits |= *entry & PTE_NO_EXECUTE;
         page = page_at(*entry & PTE_ADDRESS);
@@ -193,7 +196,7 @@ static uint64_t inner_error(const struct walk *walk, uint64_t error_code) {
  * the leaf. The real CPU does so in the shadow, where the inner program does not look. */
 static void accessed_dirty_set(const struct walk *walk, bool is_write) {
     /* BEGIN SOLUTION */
-    for (unsigned level = 4; level >= 1; level--)
+    for (unsigned level = 1; level <= 4; level++)
         *walk->entry[level] |= PTE_ACCESSED;
     if (is_write)
         *walk->entry[1] |= PTE_DIRTY;
@@ -206,9 +209,9 @@ static void accessed_dirty_set(const struct walk *walk, bool is_write) {
 /*
  * A shadow miss: give the shadow what the CPU needs for this access. An entry above the leaf points to
  * the shadow of the table that the inner entry points to. The leaf points to the page itself (leaf_set).
- * Permissions are those of the inner entries. But two things keep a leaf from being writable for now:
- * the inner leaf is not dirty, so that the first write must be seen; or the page is an inner table, and
- * not one that may be out of sync.
+ * Each entry has the permissions of its inner one. But two things keep a leaf from being writable for
+ * now: the inner leaf is not dirty, so that the first write must be seen; or the page is an inner table,
+ * and not one that is out of sync.
  */
 static void shadow_fill(uint64_t gva, const struct walk *walk) {
     /* BEGIN SOLUTION */
@@ -248,12 +251,13 @@ static void table_write(struct page *table, unsigned index, uint64_t value) {
 }
 
 /* The inner program executes INVLPG. Its page table may be out of sync: what the shadow of that table
- * has for this page must be gone, and what the TLB has. All other pages keep theirs. */
+ * has for this page must be gone, and what the TLB has. All other pages keep theirs. (Where all tables
+ * are in sync this drops what was right. That is allowed, and the same under every policy.) */
 static void inner_invlpg(uint64_t gva) {
     /* BEGIN SOLUTION */
-    struct walk walk = inner_walk(gva);
-    if (walk.entry[1])
-        entry_drop(shadow_of(*walk.entry[2] & PTE_ADDRESS, 1), page_index(gva, 1));
+    struct walk inner = inner_walk(gva);
+    if (inner.entry[1])
+        entry_drop(shadow_of(*inner.entry[2] & PTE_ADDRESS, 1), page_index(gva, 1));
     invlpg(gva);
     /* STUB
     (void)gva;
@@ -261,8 +265,8 @@ static void inner_invlpg(uint64_t gva) {
     END SOLUTION */
 }
 
-/* POLICY_RESYNC: a page table that was out of sync is in sync again. Any entry may have changed, so its
- * shadow loses them all; and from now on writes to it are seen again. */
+/* POLICY_RESYNC: bring a page table that is out of sync back into it. Any entry may have changed, so its
+ * shadow loses them all. Then it is in sync (is_unsync), and writes to it must be seen again. */
 static void table_resync(struct page *table) {
     /* BEGIN SOLUTION */
     for (unsigned index = 0; index < 512; index++)
@@ -283,9 +287,9 @@ static void inner_cr3_load(uint64_t root) {
     /* BEGIN SOLUTION */
     if (policy == POLICY_DROP)
         shadows_forget();
-    for (unsigned i = 0; i < INNER_PAGES; i++)
-        if (pages[i].is_unsync)
-            table_resync(&pages[i]);
+    for (struct page *page = pages; page < pages + INNER_PAGES; page++)
+        if (page->is_unsync)
+            table_resync(page);
     inner_cr3 = root;
     cr3_write(shadow_of(root, 4)->gpa);
     /* STUB
@@ -299,28 +303,38 @@ static void inner_cr3_load(uint64_t root) {
 static const char *const policy_names[POLICIES] = {"drop", "cache", "resync"};
 
 /* What the inner program cost so far, by what was done about it. */
-static struct { unsigned misses, reflected, table_writes, invlpgs, cr3_loads; } cost;
+static unsigned cost[SERVED_CR3 + 1];
 
-/* Tell the host half that this trap has been served, and end a run that makes no progress. */
-static void trap_report(const struct trap_frame *frame) {
+/* A page fault that comes back at once, and again, has not been served. */
+static void progress_check(const struct trap *trap) {
+    static struct trap last;
+    static unsigned times;
+    bool is_same = trap->cr2 == last.cr2 && trap->error_code == last.error_code;
+    times = trap->vector == VECTOR_PF && is_same ? times + 1 : 0;
+    last = *trap;
+    if (times < 8)
+        return;
+    if (trap->served == SERVED_REFLECTED)
+        PANIC("the same page fault again and again: it was reflected, but is none of the inner "
+              "program's own");
+    PANIC(
+        "the same page fault again and again: the shadow was filled, and still does not permit the "
+        "access");
+}
+
+/* Count a trap, and tell the host half that it has been served. */
+static void trap_report(const struct trap_frame *frame, enum served served) {
     static struct trap trap;
-    static unsigned same;
     uint64_t cr2 = frame->vector == VECTOR_PF ? cr2_read() : 0;
-    bool is_same =
-        trap.vector == frame->vector && trap.cr2 == cr2 && trap.error_code == frame->error_code;
-    same = is_same ? same + 1 : 0;
-    trap = (struct trap){frame->vector, frame->error_code, cr2};
+    cost[served]++;
+    trap = (struct trap){frame->vector, frame->error_code, cr2, served};
     out32(LAB_TRAP, (uint32_t)(uintptr_t)&trap);
-    if (frame->vector == VECTOR_PF && same == 8)
-        PANIC(
-            "the same page fault again and again: the shadow still does not permit the access, or "
-            "the fault was reflected and not the inner program's");
+    progress_check(&trap);
 }
 
 /* The inner CPU takes a page fault. It is a simple one: it goes on where rdx points, with CR2 in rsi and
  * the error code in rcx. */
 static void fault_reflect(struct trap_frame *frame, uint64_t gva, uint64_t error_code) {
-    cost.reflected++;
     frame->rip = frame->rdx;
     frame->rsi = gva;
     frame->rcx = error_code;
@@ -331,37 +345,36 @@ static bool is_page_table(const struct page *page) {
     return page->shadow[1] && !page->shadow[2] && !page->shadow[3] && !page->shadow[4];
 }
 
-#define STORE_SIZE 3 /* bytes of the inner program's only store: mov %rax, (%rsi) */
+#define STORE_SIZE 3 /* bytes of the inner program's only store to tables: mov %rax, (%rsi) */
 
 /* A page fault in ring 3: what your functions are for. */
-static void inner_fault(struct trap_frame *frame, uint64_t gva) {
+static enum served inner_fault(struct trap_frame *frame, uint64_t gva) {
     bool is_write = frame->error_code & PF_ERROR_WRITE;
     struct walk walk = inner_walk(gva);
     uint64_t error = inner_error(&walk, frame->error_code);
-    if (error || walk.end != WALK_MAPPED) {
+    if (error) {
         fault_reflect(frame, gva, error);
-        return;
+        return SERVED_REFLECTED;
     }
     accessed_dirty_set(&walk, is_write);
-    if (is_write && walk.page->is_table && !walk.page->is_unsync) {
-        cost.table_writes++;
-        if (policy != POLICY_RESYNC || !is_page_table(walk.page)) {
-            table_write(walk.page, gva / sizeof(uint64_t) % 512, frame->rax);
-            frame->rip += STORE_SIZE;
-            return;
-        }
-        walk.page->is_unsync = true; /* the write is done when the program goes on */
-    } else {
-        cost.misses++;
+    if (!is_write || !walk.page->is_table || walk.page->is_unsync) {
+        shadow_fill(gva, &walk);
+        return SERVED_MISS;
     }
-    shadow_fill(gva, &walk);
+    if (policy == POLICY_RESYNC && is_page_table(walk.page)) {
+        walk.page->is_unsync = true;
+        shadow_fill(gva, &walk); /* the program itself does the write, and those that follow */
+        return SERVED_UNSYNC;
+    }
+    table_write(walk.page, gva / sizeof(uint64_t) % 512, frame->rax);
+    frame->rip += STORE_SIZE;
+    return SERVED_WRITE;
 }
 
 static bool page_fault(struct trap_frame *frame) {
     if (!(frame->error_code & PF_ERROR_USER))
         return false; /* the hypervisor's own */
-    inner_fault(frame, cr2_read());
-    trap_report(frame);
+    trap_report(frame, inner_fault(frame, cr2_read()));
     return true;
 }
 
@@ -374,17 +387,16 @@ static bool general_protection(struct trap_frame *frame) {
     const uint8_t *code = (const uint8_t *)page_at(plan.inner_gpa[ROLE_CODE])->gpa + offset;
     if (offset > PAGE_SIZE - sizeof load_cr3)
         return false;
-    if (!memcmp(code, load_cr3, sizeof load_cr3) && page_at(frame->rax)) {
-        cost.cr3_loads++;
+    bool is_load = !memcmp(code, load_cr3, sizeof load_cr3) && page_at(frame->rax);
+    bool is_invlpg = !memcmp(code, invlpg_rsi, sizeof invlpg_rsi) && page_index(frame->rsi, 4) != 0;
+    if (is_load)
         inner_cr3_load(frame->rax);
-    } else if (!memcmp(code, invlpg_rsi, sizeof invlpg_rsi) && page_index(frame->rsi, 4) != 0) {
-        cost.invlpgs++;
+    else if (is_invlpg)
         inner_invlpg(frame->rsi);
-    } else {
+    else
         return false;
-    }
     frame->rip += sizeof load_cr3;
-    trap_report(frame);
+    trap_report(frame, is_load ? SERVED_CR3 : SERVED_INVLPG);
     return true;
 }
 
@@ -431,15 +443,15 @@ static void inner_machine_run(void) {
     memcpy((void *)page_at(plan.inner_gpa[ROLE_CODE])->gpa, user_start, PAGE_SIZE);
     inner_cr3 = plan.inner_gpa[ROLE_ROOT];
     cr3_write(shadow_of(inner_cr3, 4)->gpa);
-    cost = (typeof(cost)){0};
+    memset(cost, 0, sizeof cost);
     uint64_t offset = (uint64_t)inner_program - (uint64_t)user_start;
     user_call(shared_gva(&plan, ROLE_CODE) + offset,
               shared_gva(&plan, ROLE_STACK) + PAGE_SIZE - sizeof(uint64_t),
               shared_gva(&plan, ROLE_SCRIPT));
     out8(LAB_OVER, policy);
     printf("%s: %u misses, %u table writes, %u faults reflected; %u INVLPG, %u CR3 loads\n",
-           policy_names[policy], cost.misses, cost.table_writes, cost.reflected, cost.invlpgs,
-           cost.cr3_loads);
+           policy_names[policy], cost[SERVED_MISS], cost[SERVED_WRITE] + cost[SERVED_UNSYNC],
+           cost[SERVED_REFLECTED], cost[SERVED_INVLPG], cost[SERVED_CR3]);
 }
 
 void guest_main(void) {

@@ -142,6 +142,8 @@ static void memory_make(void) {
 
 static const char *const place_names[DATA_PAGES] = {
     "A", "B", "C", "D", "read-only", "supervisor", "no-execute", "code", "beyond", "missing"};
+static const char *const op_names[] = {"reads",          "writes",      "executes",
+                                       "loads CR3 with", "invalidates", "ends"};
 static const char *scene;
 
 /* on: what the operation is about, for the record. */
@@ -151,7 +153,7 @@ static void op_add(enum op_kind kind, const char *on, uint64_t gva, uint64_t val
     event_begin("op");
     event_number("op", lab.ops++);
     event_string("scene", scene);
-    event_number("what", kind);
+    event_string("what", op_names[kind]);
     event_string("on", on);
     event_hex("gva", gva);
     event_hex("value", value);
@@ -210,13 +212,10 @@ static void scene_fault(void) {
     op_read(PLACE_READ_ONLY);
     op_write(PLACE_READ_ONLY); /* in the shadow now, and a fault again */
     op_read(PLACE_SUPERVISOR);
-    op_read(PLACE_MISSING);
     op_write(PLACE_MISSING);
     op_read(PLACE_BEYOND);
-    op_write(PLACE_BEYOND);
     op_execute(PLACE_NO_EXECUTE);
     op_read(PLACE_NO_EXECUTE);
-    op_execute(PLACE_NO_EXECUTE);
 }
 
 static void scene_bits(void) {
@@ -272,10 +271,14 @@ static void scene_spare(void) {
     op_on_entry(OP_WRITE, ROLE_SPARE_PT, gva, 1, entry_for(ROLE_EXTRA + 3, used));
     op_add(OP_INVLPG, "behind", gva, 0);
     op_add(OP_READ, "behind", word_gva, 0);
+    scene = "redirect"; /* an entry above the leaf points to another table */
+    op_on_entry(OP_WRITE, ROLE_PD, gva, 2, entry_for(ROLE_PT + 2, PTE_PRESENT | PTE_USER));
+    op_add(OP_INVLPG, "behind", gva, 0);
+    op_add(OP_READ, "behind", data_at(PLACE_A) + LARGE_PAGE_SIZE, 0);
 }
 
 static void scene_batch(void) {
-    static const enum place places[] = {PLACE_A, PLACE_B, PLACE_C, PLACE_D};
+    static const enum place places[] = {PLACE_A, PLACE_B, PLACE_C};
     scene = "batch";
     for (unsigned i = 0; i < sizeof places / sizeof *places; i++)
         op_change_entry(places[i], entry_for(ROLE_EXTRA + 4 - i, ALL));
@@ -312,12 +315,11 @@ static void scene_return(void) {
     scene = "return";
     op_load_cr3(0);
     op_read(PLACE_A);
-    op_load_cr3(2);
-    op_read(PLACE_A);
-    op_read(PLACE_C);
     op_load_cr3(1);
     op_read(PLACE_A);
-    op_write(PLACE_B);
+    scene = "return again";
+    op_load_cr3(0);
+    op_read(PLACE_A);
 }
 
 static void script_make(void) {
@@ -336,62 +338,68 @@ static void script_make(void) {
 
 /* ---- what the machine looks like ---- */
 
-/* The VMM's walk of the inner tables, one inner gpa after the other; every number in them may be what
- * the inner program has written. */
-static struct walk inner_walk(uint64_t gva) {
-    struct walk walk = {.end = WALK_OUTSIDE_MEMORY, .permits = PTE_WRITABLE | PTE_USER};
+/* One step of a walk of the inner tables: the entry for gva in the table at *inner_gpa, which becomes
+ * what the entry points to. False if the walk ends here; every number may be what the program wrote. */
+static bool tables_step(struct walk *walk, uint64_t *inner_gpa, uint64_t gva, unsigned level) {
+    uint64_t at = *inner_gpa + page_index(gva, level) * sizeof(uint64_t);
+    if (!page_at(at))
+        return false;
+    uint64_t entry = word_at(at);
+    walk->entry[walk->steps].gpa = at;
+    walk->entry[walk->steps++].value = entry;
+    walk->permits =
+        (walk->permits & entry & ~PTE_NO_EXECUTE) | ((walk->permits | entry) & PTE_NO_EXECUTE);
+    *inner_gpa = entry & PTE_ADDRESS;
+    return entry & PTE_PRESENT;
+}
+
+/* The inner tables, as the host half reads them; the entries' places are inner gpas. */
+static struct walk tables_walk(uint64_t gva) {
+    struct walk walk = {.end = WALK_NOT_PRESENT, .permits = PTE_WRITABLE | PTE_USER};
     uint64_t inner_gpa = lab.inner_cr3;
-    for (unsigned level = 4; level >= 1; level--) {
-        inner_gpa += page_index(gva, level) * sizeof(uint64_t);
-        if (!page_at(inner_gpa))
-            return walk;
-        uint64_t entry = word_at(inner_gpa);
-        walk.entry[walk.steps].gpa = inner_gpa;
-        walk.entry[walk.steps++].value = entry;
-        if (!(entry & PTE_PRESENT)) {
-            walk.end = WALK_NOT_PRESENT;
-            return walk;
-        }
-        walk.permits &= entry | PTE_NO_EXECUTE;
-        walk.permits |= entry & PTE_NO_EXECUTE;
-        inner_gpa = entry & PTE_ADDRESS;
-    }
-    if (page_at(inner_gpa)) {
-        walk.end = WALK_MAPPED;
-        walk.gpa = lab.plan.frame_gpa[inner_gpa / PAGE_SIZE] + gva % PAGE_SIZE;
-    }
+    unsigned level = 4;
+    while (level > 0 && tables_step(&walk, &inner_gpa, gva, level))
+        level--;
+    if (level > 0 || !page_at(inner_gpa))
+        return walk;
+    walk.end = WALK_MAPPED;
+    walk.gpa = lab.plan.frame_gpa[inner_gpa / PAGE_SIZE] + gva % PAGE_SIZE;
     return walk;
 }
 
-static void permits_record(const char *writable, const char *user, const char *executable,
-                           uint64_t permits) {
-    event_number(writable, (permits & PTE_WRITABLE) != 0);
-    event_number(user, (permits & PTE_USER) != 0);
-    event_number(executable, !(permits & PTE_NO_EXECUTE));
+/* What one of the two says of an address, with the gpa where that lies. */
+static void walk_record(const char *whose, const struct walk *walk) {
+    static const char *const members[] = {"mapped", "writable", "user", "executable"};
+    bool is_mapped = walk->end == WALK_MAPPED;
+    bool values[] = {is_mapped, is_mapped && (walk->permits & PTE_WRITABLE),
+                     is_mapped && (walk->permits & PTE_USER),
+                     is_mapped && !(walk->permits & PTE_NO_EXECUTE)};
+    char name[32];
+    for (unsigned i = 0; i < sizeof values / sizeof *values; i++) {
+        snprintf(name, sizeof name, "%s_%s", whose, members[i]);
+        event_number(name, values[i]);
+    }
+    snprintf(name, sizeof name, "%s_gpa", whose);
+    event_hex(name, walk->gpa);
 }
 
 /* One address, in the inner tables and in the shadow. */
 static void probe(uint64_t gva) {
-    struct walk inner = inner_walk(gva);
+    struct walk inner = tables_walk(gva);
     struct walk shadow = host_walk(host_sregs()->cr3, gva); /* first: KVM's walk marks accessed */
     struct kvm_translation kvm = host_translate(gva);
-    uint64_t leaf = inner.end == WALK_MAPPED ? inner.entry[3].value : 0;
-    bool accessed = leaf;
+    bool is_mapped = inner.end == WALK_MAPPED;
+    bool is_accessed = is_mapped;
     for (unsigned i = 0; i < inner.steps; i++)
-        accessed &= (inner.entry[i].value & PTE_ACCESSED) != 0;
+        is_accessed &= (inner.entry[i].value & PTE_ACCESSED) != 0;
     event_begin("probe");
     event_hex("gva", gva);
-    event_number("inner_mapped", inner.end == WALK_MAPPED);
-    event_hex("inner_gpa", leaf & PTE_ADDRESS);
-    event_hex("expected_gpa", inner.gpa);
-    permits_record("inner_writable", "inner_user", "inner_executable", inner.permits);
-    event_number("accessed", accessed);
-    event_number("dirty", (leaf & PTE_DIRTY) != 0);
-    event_number("mapped", shadow.end == WALK_MAPPED);
-    event_hex("gpa", shadow.gpa);
+    walk_record("inner", &inner);
+    event_number("inner_accessed", is_accessed);
+    event_number("inner_dirty", is_mapped && (inner.entry[3].value & PTE_DIRTY));
+    walk_record("shadow", &shadow);
     event_number("kvm_valid", kvm.valid);
     event_hex("kvm_gpa", kvm.physical_address);
-    permits_record("writable", "user", "executable", shadow.permits);
     event_end();
 }
 
@@ -447,6 +455,11 @@ static struct op op_under_way(void) {
     return ops_done() < lab.ops ? lab.script.op[ops_done()] : (struct op){.kind = OP_END};
 }
 
+static const char *const served_names[] = {
+    [SERVED_MISS] = "miss",         [SERVED_REFLECTED] = "reflected",
+    [SERVED_WRITE] = "table write", [SERVED_UNSYNC] = "out of sync",
+    [SERVED_INVLPG] = "INVLPG",     [SERVED_CR3] = "CR3 load"};
+
 static void trap_served(gpa_t trap_gpa) {
     struct trap trap;
     const void *memory = host_memory(trap_gpa, sizeof trap);
@@ -464,6 +477,7 @@ static void trap_served(gpa_t trap_gpa) {
     event_hex("error_code", trap.error_code);
     event_hex("cr2", trap.cr2);
     event_hex("cr3", host_sregs()->cr3);
+    event_string("served", trap.served <= SERVED_CR3 ? served_names[trap.served] : "?");
     event_end();
     if (trap.vector == VECTOR_PF)
         probe(trap.cr2);

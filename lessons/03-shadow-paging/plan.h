@@ -25,8 +25,19 @@ enum policy {
     POLICIES
 };
 
+/* What has been done about a trap. */
+enum served {
+    SERVED_MISS,
+    SERVED_REFLECTED,
+    SERVED_WRITE,
+    SERVED_UNSYNC,
+    SERVED_INVLPG,
+    SERVED_CR3
+};
+
 struct trap {
     uint64_t vector, error_code, cr2;
+    uint64_t served; /* enum served */
 };
 
 /* ---- the program: it reads operations and writes results, one for each ---- */

@@ -23,7 +23,7 @@ def picture(run: Run, gva: int, probe: Event) -> list[str]:
         "{:#x} [{}] [{}] [{}] [{}]".format(root, *indexes),
         "{:#x} --> {:#x} -> {:#x} -> {:#x}".format(*path),
         f"inner gpa {table + gva % 4096:#x}",
-        f"gpa {probe.expected_gpa:#x}",
+        f"gpa {probe.inner_gpa:#x}",
     ]
 
 
@@ -77,13 +77,11 @@ def shadowed_quotes(run: Run) -> list[str]:
 def nested_quotes(run: Run) -> list[str]:
     """KVM with EPT or NPT: the first column of a vendor."""
     (counters,) = run.all("statistics", when="end")
-    io = exits(run, "io", "IO_INSTRUCTION")
     return [
         f"second-level fault {counters.pf_taken} 0 {counters.pf_taken} 0",
-        f"I/O {io} {io} {io} {io}",
         f"KVM's counter pf_taken {counters.pf_taken} ",
         f"KVM's counter pf_fixed {counters.pf_fixed} ",
-        f"what is left are {counters.pf_taken} faults of the second translation",
+        f"What is left are {counters.pf_taken} faults of the second translation",
     ]
 
 
