@@ -246,7 +246,7 @@ def test_a_lesson_may_have_every_run_traced(variant: StartVariant) -> None:
 
 
 def test_a_trace_stands_before_the_exit_that_it_led_to() -> None:
-    kinds = ["start", "exit", "device", "exit", "end"]
+    kinds = ["start", "exit", "exit", "device", "exit", "end"]
     events = [{"seq": i, "ns": 1000 * i, "kind": kind, "version": 1} for i, kind in enumerate(kinds)]
     record = "".join(json.dumps(event) + "\n" for event in events)
     line = "   vmm-78      [000] d..1.  2.{:06}: {}\n"
@@ -255,10 +255,10 @@ def test_a_trace_stands_before_the_exit_that_it_led_to() -> None:
     text = "# tracer: nop\n" + "".join(line.format(i, what) for i, what in enumerate(said))
     merged = [json.loads(event) for event in trace.merge(record.encode(), text).splitlines()]
     shown = [event.get("point", event["kind"]) for event in merged]
-    assert shown[:5] == ["start", "kvm_entry", "kvm_userspace_exit", "kvm_userspace_exit", "exit"]
-    assert shown[5:] == ["device", "kvm_exit", "kvm_userspace_exit", "exit", "kvm_entry", "end"]
-    assert [event["seq"] for event in merged] == list(range(11))
-    assert (merged[6]["reason"], merged[6]["ns"]) == ("npf", 2000)
+    assert shown[:6] == ["start", "kvm_entry", "kvm_userspace_exit", "exit", "kvm_userspace_exit", "exit"]
+    assert shown[6:] == ["device", "kvm_exit", "kvm_userspace_exit", "exit", "kvm_entry", "end"]
+    assert [event["seq"] for event in merged] == list(range(12))
+    assert (merged[7]["reason"], merged[7]["ns"]) == ("npf", 3000)
 
 
 @pytest.mark.usefixtures("_svm")

@@ -15,8 +15,9 @@ from kvmlab.events import Event
 
 # Task, processor, flags, seconds, tracepoint, and what it says.
 _LINE = re.compile(r"^ *\S+-\d+ +\[\d+\] \S+ +(\d+\.\d+): (kvm_\w+): ?(.*?) *$", re.MULTILINE)
-# KVM_RUN came back with an exit; "restart" and "error" stand there when it came back with an errno.
-_CAME_BACK = re.compile(r"reason KVM_EXIT_\w+")
+# KVM_RUN came back, with an exit or with an errno: "restart" (EINTR) and "error", which the record has as
+# exits by the reasons INTR and MEMORY_FAULT.
+_CAME_BACK = re.compile(r"reason (KVM_EXIT_\w+|restart|error)\b")
 _REASON = re.compile(r"\breason (\w+)")
 
 
