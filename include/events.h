@@ -21,6 +21,10 @@
  *             Of both: the rip of a write may be that of the instruction or of the next one. What a read
  *             gave is known only when it has been served: events that a device adds while it serves
  *             a read stand before the exit, those of a write behind it.
+ *     MEMORY_FAULT
+ *             KVM_RUN has failed, since the host has no memory behind a slot. gpa (absent where KVM does
+ *             not say)
+ *   slot      the host half sets a memory slot: slot, gpa, size (0x0: it is removed), flags (KVM_MEM_*)
  *   inject    the host half puts an event into the guest: type ("interrupt", "nmi", "exception"), vector,
  *             error_code (absent if there is none); and of the last exit rip, symbol, if_flag, ready
  *             (kvm_run's ready_for_interrupt_injection, which says nothing of a local APIC in the kernel)

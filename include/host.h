@@ -2,8 +2,16 @@
  * The host half's view of the VMM. A lesson whose subject is the host has a host.c that is linked
  * with vmm.c; it defines `host_half` and calls the functions below. vmm.c works without one.
  *
- * Everything runs on the VMM's one thread. An address called _gpa is guest-physical, _gva is
- * guest-virtual; the only way to a pointer is host_memory(), and its answer must be looked at.
+ * The VMM has one thread, which calls the host half, and may call the functions below. A host half may
+ * start another thread, for what must be done while the VMM's sleeps in KVM_RUN. That thread
+ *   - blocks all signals but those of its own crashes: the others are for the VMM's thread;
+ *   - calls none of the functions below, but for HOST_TODO() while the VMM's thread sleeps;
+ *   - leaves what it has to record under a lock, and the VMM's thread records it, in an order that the
+ *     seed decides;
+ *   - is ended by `end`. Where the VMM ends without `end`, the process ends, and the thread with it.
+ *
+ * An address called _gpa is guest-physical, _gva is guest-virtual; the only way to a pointer is
+ * host_memory(), and its answer must be looked at.
  */
 #pragma once
 
@@ -42,11 +50,22 @@ struct host_half {
     /* An access to a gpa that is neither memory nor claimed. True: served, the run goes on. False:
      * it is what the machine note says unknown I/O is. */
     bool (*memory_event)(struct access *access);
+    /* KVM_RUN has failed with EFAULT: the host has no memory behind a slot, at this gpa, or at
+     * HOST_GPA_UNKNOWN where KVM does not say. (KVM_CAP_MEMORY_FAULT_INFO, since Linux 6.8; on x86 it is
+     * said of guest_memfd only.) True: now there is memory, and the guest repeats its access. False: the
+     * VMM ends with one line. In the record it is an exit with the reason MEMORY_FAULT. */
+    bool (*memory_fault)(gpa_t gpa);
     /* Once, after the last exit, however the run ended; not if the VMM itself failed or HOST_TODO()
      * ended it. */
     void (*end)(void);
 };
 extern const struct host_half host_half;
+
+#define HOST_GPA_UNKNOWN UINT64_MAX
+
+/* A host half's own memory slots (KVM_SET_USER_MEMORY_REGION) have numbers from here on; those below are
+ * the VMM's. host_memory() knows nothing of them. */
+#define HOST_SLOT_FIRST 2
 
 /* Claim ports or gpas, in setup. A range that overlaps a claimed one is a bug of the host half and
  * ends the VMM with one line; so is MMIO where there is memory. An access that straddles the end of a
@@ -84,9 +103,9 @@ struct kvm_run *host_run(void);
  *     host_vcpu(KVM_INTERRUPT, &(struct kvm_interrupt){.irq = vector});
  *     host_vcpu_number(KVM_NMI, 0);
  *
- * What puts an event into the guest (KVM_INTERRUPT, KVM_NMI, KVM_SET_VCPU_EVENTS) is recorded. Set
- * registers with KVM_SET_REGS and KVM_SET_SREGS: host_regs() shows those of the last exit until the
- * next.
+ * What puts an event into the guest (KVM_INTERRUPT, KVM_NMI, KVM_SET_VCPU_EVENTS) is recorded, and so
+ * is KVM_SET_USER_MEMORY_REGION. Set registers with KVM_SET_REGS and KVM_SET_SREGS: host_regs() shows
+ * those of the last exit until the next.
  */
 #define host_vcpu(request, pointer) \
     host_vcpu_ioctl(request, #request, HOST_ARGUMENT(request, pointer))

@@ -208,3 +208,47 @@ def test_without_a_record_there_are_no_counters_either(api: Built) -> None:
 def test_an_event_that_a_todo_leaves_open_is_closed(api: Built) -> None:
     unfinished, end = run(api, "TODO").events[-2:]
     assert (unfinished.kind, unfinished.before, end.kind) == ("unfinished", 1, "end")
+
+
+# ---- a slot without memory behind it ----
+
+
+@pytest.fixture(scope="session")
+def faults(halves: Halves) -> Built:
+    return halves("faults")
+
+
+def run_with_a_fault(faults: Built, name: str, time_limit: float = 20) -> Run:
+    return runner.run(faults, [f"--append=command={half_command('faults', name)}"], time_limit=time_limit)
+
+
+def test_a_memory_fault_that_the_host_half_mends_is_an_exit_and_the_run_goes_on(faults: Built) -> None:
+    recorded = run_with_a_fault(faults, "MEND")
+    assert (recorded.status, recorded.output) == (0, "read 12345678\n"), recorded.errors
+    (exit_,) = recorded.all("exit", reason="MEMORY_FAULT")
+    assert exit_.reason_number == 39
+    (fault,) = recorded.all("fault")
+    assert (fault.seq, fault.is_known) == (exit_.seq + 1, int(exit_.get("gpa") is not None))
+    assert exit_.get("gpa", 0x20001000) == 0x20001000
+
+
+def test_a_memory_fault_that_nobody_mends_ends_the_vmm_with_one_line(faults: Built) -> None:
+    recorded = run_with_a_fault(faults, "REFUSE")
+    assert (recorded.status, recorded.end.how) == (5, "host failure")
+    one_line(recorded.errors, "KVM_RUN failed at rip 0x", ": the host has no memory behind ")
+    assert len(recorded.all("exit", reason="MEMORY_FAULT")) == 1
+
+
+def test_a_memory_fault_that_is_not_mended_comes_again_until_the_time_limit(faults: Built) -> None:
+    recorded = run_with_a_fault(faults, "LIE", time_limit=0.2)
+    assert (recorded.status, recorded.end.how) == (4, "time limit")
+    assert len(recorded.all("exit", reason="MEMORY_FAULT")) > 2
+
+
+def test_slots_of_the_host_half_are_recorded_and_those_of_the_vmm_are_out_of_its_reach(faults: Built) -> None:
+    recorded = run_with_a_fault(faults, "SLOT_AGAIN")
+    slots = [(event.slot, event.gpa, event.size, event.get("flags")) for event in recorded.all("slot")]
+    assert slots == [(2, 0x20000000, 0x2000, 0), (2, 0x20002000, 0x2000, 0), (2, 0, 0, 0)]
+    recorded = run_with_a_fault(faults, "NOT_MINE")
+    assert recorded.status == 5
+    one_line(recorded.errors, "slot 1 is the VMM's own: the host half's begin with HOST_SLOT_FIRST, 2")

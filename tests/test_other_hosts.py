@@ -41,6 +41,7 @@ REFUSALS = {
     "no_sync_regs": "lacks KVM_CAP_SYNC_REGS",
     "fail_entry": "the CPU refused the VM entry: hardware reason 0x80000021",
     "run_fails": "KVM_RUN failed at rip 0x",
+    "no_memory": ": the host has no memory behind gpa 0x7654000",
 }
 
 
@@ -51,6 +52,15 @@ def test_a_kvm_that_refuses_gets_one_line_and_status_5(
     done = call(guest("hello").image, env=host(variant))
     assert (done.returncode, done.stdout) == (5, b"")
     one_line(done.stderr, REFUSALS[variant])
+
+
+def test_a_memory_fault_whose_gpa_kvm_knows_is_an_exit_with_that_gpa(
+    call: Call, host: Environment, guest: Guest, tmp_path: Path
+) -> None:
+    record = tmp_path / "events"
+    call(f"--events={record}", guest("hello").image, env=host("no_memory"))
+    (exit_,) = (event for event in events.read(record) if event.kind == "exit")
+    assert (exit_.reason, exit_.reason_number, exit_.gpa) == ("MEMORY_FAULT", 39, 0x7654000)
 
 
 def test_an_exit_of_unknown_reason_is_loud_and_fatal(

@@ -407,7 +407,8 @@ static void irqchip_create(void) {
     }
 }
 
-enum slot { SLOT_RAM, SLOT_RESCUE };
+enum slot { SLOT_RAM, SLOT_RESCUE, SLOTS };
+_Static_assert(SLOTS <= HOST_SLOT_FIRST, "the host half's slots are others");
 
 /* Back the gpas [gpa, gpa + size) with memory of this process. */
 static void slot_set(enum slot slot, gpa_t gpa, void *hva, uint64_t size) {
@@ -1152,7 +1153,7 @@ static void emulation_failure_end(void) {
 
 /* Exits by reason, and the one that kept the VMM busy longest. */
 static struct {
-    uint64_t by_reason[32];
+    uint64_t by_reason[40];
     uint64_t last_guest_ns, last_vmm_ns;
     struct slowest_exit {
         uint64_t number, ns;
@@ -1457,6 +1458,29 @@ static void exit_fail_entry(void) {
         machine.run->fail_entry.hardware_entry_failure_reason, vcpu_regs()->rip);
 }
 
+/* KVM_RUN has come back with EFAULT: the host has no memory behind a slot. If KVM says where, it is the
+ * second number in a member of kvm_run that <linux/kvm.h> has since Linux 6.8 only. */
+#ifndef KVM_EXIT_MEMORY_FAULT
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+static gpa_t memory_fault_gpa;
+
+static void memory_fault_take(void) {
+    bool is_told = machine.run->exit_reason == KVM_EXIT_MEMORY_FAULT;
+    memory_fault_gpa = is_told ? ((const uint64_t *)machine.run->padding)[1] : HOST_GPA_UNKNOWN;
+    machine.run->exit_reason = KVM_EXIT_MEMORY_FAULT;
+}
+
+static void exit_memory_fault(void) {
+    char where[32] = "a slot";
+    if (half.memory_fault && half.memory_fault(memory_fault_gpa))
+        return;
+    if (memory_fault_gpa != HOST_GPA_UNKNOWN)
+        snprintf(where, sizeof where, "gpa 0x%" PRIx64, memory_fault_gpa);
+    die(STATUS_HOST, "KVM_RUN failed at rip %s: the host has no memory behind %s",
+        symbol_or_address(vcpu_regs()->rip).text, where);
+}
+
 /* The reasons that a machine like this one can produce. */
 static const struct exit_kind {
     const char *name;
@@ -1472,6 +1496,7 @@ static const struct exit_kind {
     [KVM_EXIT_INTR] = {"INTR", exit_again},
     [KVM_EXIT_INTERNAL_ERROR] = {"INTERNAL_ERROR", emulation_failure_end},
     [KVM_EXIT_IOAPIC_EOI] = {"IOAPIC_EOI", exit_again},
+    [KVM_EXIT_MEMORY_FAULT] = {"MEMORY_FAULT", exit_memory_fault},
 };
 _Static_assert(LENGTH(exit_kinds) <= LENGTH(exit_totals.by_reason), "each reason has a counter");
 
@@ -1484,6 +1509,8 @@ static void exit_dispatch(void) {
     bool is_access = reason == KVM_EXIT_IO || reason == KVM_EXIT_MMIO;
     if (!is_access) { /* bus_access() records those, with their data */
         exit_record_begin();
+        if (reason == KVM_EXIT_MEMORY_FAULT && memory_fault_gpa != HOST_GPA_UNKNOWN)
+            event_hex("gpa", memory_fault_gpa);
         event_end();
     }
     if (reason < LENGTH(exit_kinds) && exit_kinds[reason].handle) {
@@ -1638,11 +1665,15 @@ static void vcpu_enter(void) {
             exit_totals.slowest = (struct slowest_exit){run_totals.exits, exit_totals.last_vmm_ns,
                                                         machine.run->exit_reason, vcpu_regs()->rip};
     }
+    machine.run->exit_reason = KVM_EXIT_UNKNOWN; /* with an error KVM may leave the last one */
     if (ioctl(machine.vcpu, KVM_RUN, NULL) < 0) {
-        if (errno != EINTR)
+        if (errno == EFAULT)
+            memory_fault_take();
+        else if (errno == EINTR)
+            machine.run->exit_reason = KVM_EXIT_INTR;
+        else
             die(STATUS_HOST, "KVM_RUN failed at rip %s: %s",
                 symbol_or_address(vcpu_regs()->rip).text, strerror(errno));
-        machine.run->exit_reason = KVM_EXIT_INTR; /* with immediate_exit KVM leaves the last one */
     }
     left_ns = clock_ns();
     exit_totals.last_guest_ns = left_ns - entered_ns;
@@ -1744,7 +1775,21 @@ int host_vcpu_ioctl(unsigned long request, const char *name, void *argument) {
     return ioctl_or_die(machine.vcpu, request, name, argument);
 }
 
+static void slot_record(const struct kvm_userspace_memory_region *region) {
+    if (region->slot < HOST_SLOT_FIRST)
+        die(STATUS_HOST, "slot %u is the VMM's own: the host half's begin with HOST_SLOT_FIRST, %u",
+            region->slot, HOST_SLOT_FIRST);
+    event_begin("slot");
+    event_number("slot", region->slot);
+    event_hex("gpa", region->guest_phys_addr);
+    event_hex("size", region->memory_size);
+    event_hex("flags", region->flags);
+    event_end();
+}
+
 int host_vm_ioctl(unsigned long request, const char *name, void *argument) {
+    if (request == KVM_SET_USER_MEMORY_REGION)
+        slot_record(argument);
     return ioctl_or_die(machine.vm, request, name, argument);
 }
 

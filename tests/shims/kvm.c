@@ -6,6 +6,7 @@
  *   fail_entry    the CPU refuses the first entry
  *   unknown_exit  the first exit has a reason that nobody knows
  *   run_fails     KVM_RUN fails
+ *   no_memory     KVM_RUN fails, since there is no memory behind a slot, and says at which gpa
  *   no_sync_regs  the capability KVM_CAP_SYNC_REGS is missing
  *   no_counters   there is no KVM_GET_STATS_FD
  */
@@ -14,10 +15,15 @@
 #include <linux/kvm.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+
+#ifndef KVM_EXIT_MEMORY_FAULT
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
 
 static struct kvm_run *shared;
 
@@ -46,6 +52,15 @@ static void after_run(void) {
     }
 }
 
+/* kvm_run's member memory_fault, as far as KVM has a member of that name: flags, gpa, size. */
+static int run_without_memory(void) {
+    const uint64_t fault[] = {0, 0x7654000, 4096};
+    shared->exit_reason = KVM_EXIT_MEMORY_FAULT;
+    memcpy(shared->padding, fault, sizeof fault);
+    errno = EFAULT;
+    return -1;
+}
+
 int ioctl(int fd, unsigned long request, ...) {
     int (*real)(int, unsigned long, ...) = dlsym(RTLD_NEXT, "ioctl");
     va_list arguments;
@@ -57,9 +72,11 @@ int ioctl(int fd, unsigned long request, ...) {
         return 0;
     if ((request == KVM_RUN && shim_is("run_fails")) ||
         (request == KVM_GET_STATS_FD && shim_is("no_counters"))) {
-        errno = request == KVM_RUN ? EFAULT : ENOTTY;
+        errno = request == KVM_RUN ? ENOEXEC : ENOTTY;
         return -1;
     }
+    if (request == KVM_RUN && shim_is("no_memory"))
+        return run_without_memory();
     int result = real(fd, request, argument);
     if (request == KVM_RUN && result == 0)
         after_run();
