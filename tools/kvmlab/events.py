@@ -25,7 +25,8 @@ class Event:
         return self.fields.get(name, default)
 
     def __str__(self) -> str:
-        shown = " ".join(f"{k}={v}" for k, v in self.recorded.items() if k not in _NOT_SHOWN and v != "")
+        fields = {"when": self.recorded["when"]} if self.recorded["kind"] == "statistics" else self.recorded
+        shown = " ".join(f"{k}={v}" for k, v in fields.items() if k not in _NOT_SHOWN and v != "")
         return f"#{self.recorded['seq']} {self.recorded['kind']} {shown}"
 
 
