@@ -414,6 +414,16 @@ static enum verdict global_translation_not_kept(void) {
     return verdict(left_at(DONE) && regs.rax == 1, left_at(DONE) && regs.rax == 2);
 }
 
+/* KVM asks the host for the memory behind a slot, and the host has none. */
+GUEST(touch_fresh, "mov (%rsi), %rax\n" SAY_DONE);
+
+static enum verdict slot_without_memory_in_ring_0(void) {
+    vcpu_start(touch_fresh, RING_0);
+    mprotect(ram + FRESH, PAGE_SIZE, PROT_NONE);
+    int result = ioctl(vcpu, KVM_RUN, 0);
+    return verdict(result < 0 && errno == EFAULT, result == 0 && left_for(KVM_EXIT_MMIO));
+}
+
 /* ---- debugging ---- */
 
 GUEST(watch, "mov %rbx, %dr0; mov $0x10001, %eax; mov %rax, %dr7; mov %al, (%rbx); nop\n" SAY_DONE);
@@ -492,6 +502,7 @@ static const struct probe {
     {"reserved-bit-error-code", reserved_bit_error_code},
     {"translation-not-kept", translation_not_kept},
     {"global-translation-not-kept", global_translation_not_kept},
+    {"slot-without-memory-in-ring-0", slot_without_memory_in_ring_0},
     {"watchpoint-in-ring-0", watchpoint_in_ring_0},
     {"hardware-breakpoint-in-ring-0", hardware_breakpoint_in_ring_0},
     {"hardware-breakpoint-in-ring-3", hardware_breakpoint_in_ring_3},
