@@ -64,7 +64,7 @@ enum region_name {
 #define REGIONS_GPA (UINT64_C(1) << 30)
 #define REGIONS_SIZE (UINT64_C(1) << 30)
 
-#define BLOCK_PAGES 16 /* 64 KiB */
+#define BLOCK_PAGES UINT64_C(16) /* 64 KiB */
 #define BLOCK_SIZE (BLOCK_PAGES * PAGE_SIZE)
 #define BLOCKS 5 /* of REGION_BLOCK; the first and the last lie in it with a part */
 #define STEPS_MAX 128
@@ -237,21 +237,17 @@ static inline void plan_cow(struct plan *plan, struct random *random) {
 /* Later rounds write to some of the pages that earlier ones have written to. And before all, each page is
  * written to, since a page that KVM maps for a read may be in the log, too: KVM maps it writable. */
 static inline void plan_dirty(struct plan *plan, struct random *random) {
-    uint64_t written[10];
-    for (uint64_t page = 0; page < plan->regions[REGION_DIRTY].pages; page++)
-        plan_step(plan, random, STAGE_SETTLE, plan_word(plan, random, REGION_DIRTY, page), true);
+    uint64_t gpa[10] = {0};
     for (unsigned round = 0; round < 3; round++)
         for (unsigned i = 0; i < 10; i++) {
-            uint64_t page = random_below(random, plan->regions[REGION_DIRTY].pages);
-            if (round > 0 && i % 3 == 0)
-                page = written[i];
-            else
-                written[i] = page;
-            plan_step(plan, random, STAGE_DIRTY + round,
-                      plan_word(plan, random, REGION_DIRTY, page), true);
+            bool is_again = round > 0 && i % 3 == 0;
+            gpa[i] = is_again ? gpa[i] ^ 8 : plan_any_word(plan, random, REGION_DIRTY);
+            plan_step(plan, random, STAGE_DIRTY + round, gpa[i], true);
             plan_step(plan, random, STAGE_DIRTY + round, plan_any_word(plan, random, REGION_DIRTY),
                       false);
         }
+    for (uint64_t page = 0; page < plan->regions[REGION_DIRTY].pages; page++)
+        plan_step(plan, random, STAGE_SETTLE, plan_word(plan, random, REGION_DIRTY, page), true);
 }
 
 static inline void plan_move(struct plan *plan, struct random *random) {
