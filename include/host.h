@@ -4,7 +4,7 @@
  *
  * The VMM has one thread, which calls the host half, and may call the functions below. A host half may
  * start another thread, for what must be done while the VMM's sleeps in KVM_RUN. That thread
- *   - blocks all signals but those of its own crashes: the others are for the VMM's thread;
+ *   - blocks all signals but those that it causes (a crash, a timer): they are for the VMM's thread;
  *   - calls none of the functions below, but for HOST_TODO() while the VMM's thread sleeps;
  *   - leaves what it has to record under a lock, and the VMM's thread records it, in an order that the
  *     seed decides;

@@ -20,26 +20,28 @@ _Static_assert(sizeof plan.step[0] + sizeof *script <= PAGE_SIZE, "a stage fits,
 
 /* ---- page tables: lesson 2 explains them ---- */
 
-static uint64_t *entry_at(uint64_t root_gpa, uint64_t gva, unsigned level) {
-    uint64_t *entry = &page_table(root_gpa)[page_index(gva, 4)];
-    for (unsigned at = 4; at > level; at--) {
-        if (!(*entry & PTE_PRESENT))
-            *entry = page_alloc() | PTE_PRESENT | PTE_WRITABLE | PTE_USER;
-        entry = &page_table(*entry)[page_index(gva, at - 1)];
-    }
-    return entry;
+enum { WINDOW_PDPT, WINDOW_PD, USER_PDPT, USER_PD, USER_PT, TABLES };
+static uint64_t tables[TABLES][512] __attribute__((aligned(4096)));
+
+#define FOR_USER (PTE_PRESENT | PTE_WRITABLE | PTE_USER)
+
+static void user_map(uint64_t gva, uint64_t gpa) {
+    tables[USER_PT][page_index(gva, 1)] = gpa | FOR_USER;
 }
 
-static void tables_make(uint64_t root_gpa) {
-    uint64_t user = PTE_PRESENT | PTE_WRITABLE | PTE_USER;
-    uint64_t code_pages = ((uint64_t)(user_end - user_start) + PAGE_SIZE - 1) / PAGE_SIZE;
-    for (uint64_t gpa = REGIONS_GPA; gpa < REGIONS_GPA + REGIONS_SIZE; gpa += LARGE_PAGE_SIZE)
-        *entry_at(root_gpa, WINDOW + gpa, 2) = gpa | user | PTE_LARGE;
-    for (uint64_t i = 0; i < code_pages; i++)
-        *entry_at(root_gpa, USER_GVA + i * PAGE_SIZE, 1) =
-            ((uint64_t)user_start + i * PAGE_SIZE) | user;
-    *entry_at(root_gpa, STACK_GVA, 1) = page_alloc() | user;
-    *entry_at(root_gpa, SCRIPT_GVA, 1) = (uint64_t)script | user;
+static void tables_make(uint64_t *root) {
+    uint64_t window_gva = WINDOW + REGIONS_GPA;
+    root[page_index(window_gva, 4)] = (uint64_t)tables[WINDOW_PDPT] | FOR_USER;
+    tables[WINDOW_PDPT][page_index(window_gva, 3)] = (uint64_t)tables[WINDOW_PD] | FOR_USER;
+    for (uint64_t i = 0; i < REGIONS_SIZE / LARGE_PAGE_SIZE; i++)
+        tables[WINDOW_PD][i] = (REGIONS_GPA + i * LARGE_PAGE_SIZE) | FOR_USER | PTE_LARGE;
+    root[page_index(USER_GVA, 4)] = (uint64_t)tables[USER_PDPT] | FOR_USER;
+    tables[USER_PDPT][page_index(USER_GVA, 3)] = (uint64_t)tables[USER_PD] | FOR_USER;
+    tables[USER_PD][page_index(USER_GVA, 2)] = (uint64_t)tables[USER_PT] | FOR_USER;
+    for (uint64_t at = 0; at < (uint64_t)(user_end - user_start); at += PAGE_SIZE)
+        user_map(USER_GVA + at, (uint64_t)user_start + at);
+    user_map(STACK_GVA, page_alloc());
+    user_map(SCRIPT_GVA, (uint64_t)script);
 }
 
 /* ---- the accesses ---- */
@@ -72,7 +74,7 @@ void guest_main(void) {
     printf("lesson 4: EPT faults\n");
     script = (struct step *)page_alloc();
     uint64_t root_gpa = address_space_create();
-    tables_make(root_gpa);
+    tables_make(page_table(root_gpa));
     cr3_write(root_gpa);
     out32(LAB_SCRIPT, (uint32_t)(uint64_t)script);
     for (unsigned stage = 0; stage < STAGES; stage++)

@@ -59,11 +59,10 @@ static void slot_set(const struct region *region) {
 static void absent_serve(const struct region *region, struct access *access) {
     /* BEGIN SOLUTION */
     uint8_t *hva = region->hva + (access->address - region->gpa);
+    uint8_t *to = access->is_write ? hva : access->data;
+    const uint8_t *from = access->is_write ? access->data : hva;
     slot_set(region);
-    if (access->is_write)
-        memcpy(hva, access->data, access->size);
-    else
-        memcpy(access->data, hva, access->size);
+    memcpy(to, from, access->size);
     /* STUB
     (void)region, (void)access;
     HOST_TODO("absent_serve: add the slot, and do the access that has exited");
@@ -154,7 +153,7 @@ static void dirty_collect(const struct region *region, uint64_t *bitmap) {
 /* Let the region begin at another gpa from now on, with all that is in it. */
 static void region_move(struct region *region, gpa_t gpa) {
     /* BEGIN SOLUTION */
-    region->gpa = gpa;
+    region->gpa = gpa; /* all else is as before: KVM moves it */
     slot_set(region);
     /* STUB
     (void)region, (void)gpa;
@@ -165,7 +164,7 @@ static void region_move(struct region *region, gpa_t gpa) {
 /* Let nothing be at the gpas of this region any more. */
 static void region_remove(struct region *region) {
     /* BEGIN SOLUTION */
-    region->size = 0;
+    region->size = 0; /* and so KVM removes it */
     slot_set(region);
     /* STUB
     (void)region;
