@@ -245,6 +245,10 @@ static void space_note(uint32_t number, uint64_t root) {
     event_end();
 }
 
+static gva_t trial_gva(uint32_t number) {
+    return trials[number].is_global ? lab.plan.global_gva : lab.plan.trial_gva;
+}
+
 /* A trial's entry has been changed: from here to the look, what drops it? */
 static void trial_note(uint32_t number) {
     if (number >= TRIALS)
@@ -254,6 +258,7 @@ static void trial_note(uint32_t number) {
     event_begin("trial");
     event_number("trial", number);
     event_string("name", trials[number].name);
+    event_hex("gva", trial_gva(number));
     event_end();
 }
 
@@ -273,10 +278,9 @@ static void try_note(uint64_t value) {
 static void trial_drop(const struct operation *operation) {
     if (lab.trial_now >= TRIALS)
         return;
-    bool is_global = trials[lab.trial_now].is_global;
-    struct tag tag = {.gva = is_global ? lab.plan.global_gva : lab.plan.trial_gva,
+    struct tag tag = {.gva = trial_gva(lab.trial_now),
                       .pcid = lab.plan.trial_pcid[0],
-                      .is_global = is_global};
+                      .is_global = trials[lab.trial_now].is_global};
     lab.trial[lab.trial_now].drops |= operation_drops(operation, &tag);
 }
 
