@@ -424,6 +424,19 @@ static enum verdict slot_without_memory_in_ring_0(void) {
     return verdict(result < 0 && errno == EFAULT, result == 0 && left_for(KVM_EXIT_MMIO));
 }
 
+GUEST(remap_and_keep,
+      "mov %cr4, %rax; bts $17, %rax; mov %rax, %cr4\n"
+      "mov (%rbx), %al; mov %rcx, (%rdx); mov %cr3, %rax; bts $63, %rax; mov %rax, %cr3\n"
+      "mov (%rbx), %rax\n" SAY_DONE);
+
+/* Conforms here: keeps what it need not drop. Without PCIDs, CR4.PCIDE (bit 17) raises #GP. */
+static enum verdict pcid_translation_not_kept(void) {
+    vcpu_start(remap_and_keep, RING_0);
+    vcpu_run();
+    return verdict(left_at(DONE) && regs.rax == 1,
+                   (left_at(DONE) && regs.rax == 2) || left_at(VECTOR_GP));
+}
+
 /* ---- debugging ---- */
 
 GUEST(watch, "mov %rbx, %dr0; mov $0x10001, %eax; mov %rax, %dr7; mov %al, (%rbx); nop\n" SAY_DONE);
@@ -503,6 +516,7 @@ static const struct probe {
     {"translation-not-kept", translation_not_kept},
     {"global-translation-not-kept", global_translation_not_kept},
     {"slot-without-memory-in-ring-0", slot_without_memory_in_ring_0},
+    {"pcid-translation-not-kept", pcid_translation_not_kept},
     {"watchpoint-in-ring-0", watchpoint_in_ring_0},
     {"hardware-breakpoint-in-ring-0", hardware_breakpoint_in_ring_0},
     {"hardware-breakpoint-in-ring-3", hardware_breakpoint_in_ring_3},
