@@ -22,11 +22,13 @@ from kvmlab.runner import Run
 
 @dataclass(frozen=True)
 class Machine:
-    """What a lesson is to run on. engine: its name, or auto; options: the VMM's."""
+    """What a lesson is to run on. engine: its name, or auto; options: the VMM's. emulator_log: the run's
+    `emulator` says what the emulator has counted, which only vmx can (emulator_log.py)."""
 
     engine: str
     kvm_params: str = ""
     options: tuple[str, ...] = ()
+    emulator_log: bool = False
 
 
 class UnfinishedError(Exception):
@@ -47,7 +49,9 @@ def compare(lesson: Lesson, build: Path, wanted: str, seed: int) -> Iterator[str
     if not machines:
         named = ", ".join(dict.fromkeys(machine.engine for machine in module.MACHINES))
         raise UsageError(f"ENGINE={wanted}: lesson {lesson.number} compares machines of {named}")
-    with engines.one_vmx() if any(machine.engine == "vmx" for machine in machines) else contextlib.nullcontext():
+    on_vmx = [machine for machine in machines if machine.engine == "vmx"]
+    keeps_log = any(machine.emulator_log for machine in on_vmx)
+    with engines.one_vmx(keeps_log) if on_vmx else contextlib.nullcontext():
         runs = []
         for machine in machines:
             chosen, line = engines.choose(lesson, machine.engine, machine.kvm_params, trace=False)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmlab import cache
+from kvmlab import cache, emulator_log
 from kvmlab.lesson import Lesson, UsageError
 from kvmlab.machine import Job, Machine, MachineError, MachineHangsError, Outcome, OwnMachine, Settings, read_result
 
@@ -146,13 +146,27 @@ class Vmx(Emulated):
             self._settings = self.settings(place)
             self._machine = self._closing.enter_context(contextlib.closing(self._attach(place)))
         try:
-            return self._machine.run(job, self._settings, _show)
+            return self._run_logged(self._machine, job)
         except MachineHangsError:
             # On Bochs no interrupt gets through to a guest that loops with interrupts off and never
             # exits (tests/deviations.toml): neither does the VMM's time limit.
             self.close()
             self._machine = None
             return Outcome(HANGS, errors=f"vmm: the guest hangs: with interrupts off, and {_UNSTOPPABLE}\n".encode())
+
+    def _run_logged(self, machine: Machine, job: Job) -> Outcome:
+        """Run the job; if the emulator keeps a log, count what it has written meanwhile, and keep no more of it
+        than this job's: each takes some 60 MiB."""
+        log = machine.folder / emulator_log.NAME
+        if not log.exists():
+            return machine.run(job, self._settings, _show)
+        begin = log.stat().st_size
+        os.truncate(log, 0)
+        outcome = machine.run(job, self._settings, _show)
+        with log.open("rb") as lines:
+            lines.seek(begin)
+            outcome.emulator = emulator_log.count(lines)
+        return outcome
 
     def _attach(self, place: Path) -> Machine:
         """The machine that the tests share, or else one of our own."""
@@ -165,19 +179,23 @@ class Vmx(Emulated):
         self._closing.close()
 
 
-def start_vmx(place: Path, folder: Path) -> OwnMachine:
-    """Start the emulated Intel machine in this folder, without waiting until it is ready."""
+def start_vmx(place: Path, folder: Path, keeps_log: bool = False) -> OwnMachine:
+    """Start the emulated Intel machine in this folder, without waiting until it is ready. keeps_log: the emulator
+    writes down what its CPU does."""
     (folder / "boot.iso").symlink_to(place / "boot.iso")
-    return OwnMachine(folder, cache.BOCHS)
+    if not keeps_log:
+        return OwnMachine(folder, cache.BOCHS)
+    (folder / emulator_log.NAME).touch()
+    return OwnMachine(folder, [*cache.BOCHS, *emulator_log.OPTIONS])
 
 
 @contextlib.contextmanager
-def one_vmx() -> Iterator[None]:
+def one_vmx(keeps_log: bool = False) -> Iterator[None]:
     """As long as this lasts, all engines of this kind, in this process and in those that it starts, use one
     emulated machine: it takes its time to start."""
     with contextlib.ExitStack() as closing:
         folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="kvmlab-vmx-")))
-        closing.enter_context(contextlib.closing(start_vmx(cache.ready("vmx"), folder)))
+        closing.enter_context(contextlib.closing(start_vmx(cache.ready("vmx"), folder, keeps_log)))
         os.environ[SHARED_VMX] = str(folder)
         closing.callback(os.environ.pop, SHARED_VMX)
         yield

@@ -77,6 +77,7 @@ class Outcome:
     results: dict[str, bytes] = field(default_factory=dict)
     kernel_log: str = ""
     trace: str = ""
+    emulator: dict[str, int] = field(default_factory=dict)  # emulator_log.count(), where there is a log
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Run:
     engine: str = Kvm.name
     kvm_params: str = ""  # how its KVM was loaded
     events: list[Event] = field(default_factory=list)
+    # What the emulator itself has counted (emulator_log.py), where it was asked to.
+    emulator: dict[str, int] = field(default_factory=dict)
 
     def all(self, kind: str, /, **fields: object) -> list[Event]:
         """The events of this kind whose fields have these values."""
@@ -123,7 +125,8 @@ def _run(outcome: Outcome, seed: int, engine: Engine, events: list[Event]) -> Ru
     # As a shell has it: 128 and the number of the signal.
     status = outcome.status if outcome.status >= 0 else 128 - outcome.status
     output, errors = (text.decode(errors="replace") for text in (outcome.output, outcome.errors))
-    return Run(status, output, errors, outcome.kernel_log, seed, engine.name, engine.params, events)
+    by = engine.name, engine.params
+    return Run(status, output, errors, outcome.kernel_log, seed, *by, events, outcome.emulator)
 
 
 def crash_location(built: Built, errors: str) -> str:
