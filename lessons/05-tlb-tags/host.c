@@ -192,7 +192,24 @@ enum {
     ALL = 63
 };
 
-static void situations_record(const struct plan *plan) {
+static void situation_make(int kind, uint32_t type, uint32_t differs, unsigned bits) {
+    const uint16_t *pcid = lab.plan.trial_pcid;
+    bool has_pcid = differs & OTHER_PCID;
+    bool has_gva = differs & OTHER_GVA;
+    struct tag tag = {lab.plan.trial_gva, pcid[0], bits & GLOBAL};
+    struct operation operation = {
+        .kind = kind,
+        .current_pcid = pcid[(bits & OTHER_CURRENT) != 0],
+        .type = type,
+        .pcid = has_pcid ? pcid[(bits & OTHER_PCID) != 0] : 0,
+        .gva = has_gva ? tag.gva + (bits & OTHER_GVA ? PAGE_SIZE : 0) : 0,
+        .keep = bits & BIT_63,
+        .changes_pge = bits & PGE,
+    };
+    situation_record(&operation, &tag);
+}
+
+static void situations_record(void) {
     static const struct {
         int kind;
         uint32_t type, differs;
@@ -202,26 +219,10 @@ static void situations_record(const struct plan *plan) {
         {INVPCID, 3, 0},          {MOV_TO_CR3, 0, OTHER_PCID | BIT_63},
         {MOV_TO_CR4, 0, PGE},
     };
-    const uint16_t *pcid = plan->trial_pcid;
     for (unsigned i = 0; i < sizeof rows / sizeof *rows; i++)
-        for (unsigned bits = 0; bits <= ALL; bits++) {
-            if (bits & ~(rows[i].differs | OTHER_CURRENT | GLOBAL))
-                continue;
-            struct tag tag = {plan->trial_gva, pcid[0], bits & GLOBAL};
-            bool has_pcid =
-                rows[i].differs & OTHER_PCID || (rows[i].kind == INVPCID && rows[i].type == 1);
-            bool has_gva = rows[i].differs & OTHER_GVA;
-            struct operation operation = {
-                .kind = rows[i].kind,
-                .current_pcid = pcid[(bits & OTHER_CURRENT) != 0],
-                .type = rows[i].type,
-                .pcid = has_pcid ? pcid[(bits & OTHER_PCID) != 0] : 0,
-                .gva = has_gva ? tag.gva + (bits & OTHER_GVA ? PAGE_SIZE : 0) : 0,
-                .keep = bits & BIT_63,
-                .changes_pge = bits & PGE,
-            };
-            situation_record(&operation, &tag);
-        }
+        for (unsigned bits = 0; bits <= ALL; bits++)
+            if (!(bits & ~(rows[i].differs | OTHER_CURRENT | GLOBAL)))
+                situation_make(rows[i].kind, rows[i].type, rows[i].differs, bits);
 }
 
 /* ---- the record of what the guest has noted ---- */
@@ -424,6 +425,8 @@ static void trials_record(void) {
 }
 
 static void stage_end(uint8_t stage) {
+    if (stage < STAGE_ENABLE || stage > STAGE_TRIALS)
+        return;
     notes_read();
     event_begin("stage");
     event_number("stage", stage);
@@ -434,7 +437,7 @@ static void stage_end(uint8_t stage) {
     if (stage != STAGE_TRIALS)
         return;
     trials_record();
-    situations_record(&lab.plan);
+    situations_record();
 }
 
 static void verdict_access(struct access *access) {

@@ -150,10 +150,13 @@ static inline unsigned plan_kernel_page(struct plan *plan) {
 
 /* The spaces in an order of no pattern. */
 static inline void plan_shuffle(struct plan *plan, unsigned order[SPACES]) {
-    for (unsigned i = 0; i < SPACES; i++) {
+    for (unsigned i = 0; i < SPACES; i++)
+        order[i] = i;
+    for (unsigned i = SPACES - 1; i > 0; i--) {
         unsigned j = (unsigned)random_below(&plan->random, i + 1);
+        unsigned last = order[i];
         order[i] = order[j];
-        order[j] = i;
+        order[j] = last;
     }
 }
 

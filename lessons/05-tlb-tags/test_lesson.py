@@ -107,7 +107,7 @@ class Tlb:
         old = [held for held in self.answers(gva) if now is None or held.gpa != now.value & ADDRESS]
         return sorted(old, key=lambda held: int(held.entry.seq))
 
-    def drop(self, is_dropped: Callable[[int, int], bool]) -> None:
+    def drop(self, is_dropped: Callable[[int, int], object]) -> None:
         self.entries = {tag: held for tag, held in self.entries.items() if not is_dropped(*tag)}
 
     def obey(self, operation: Event) -> None:
@@ -130,7 +130,7 @@ class Tlb:
     def invpcid(self, operation: Event) -> None:
         match operation.type:
             case 0:
-                self.drop(lambda gva, pcid: bool((gva, pcid) == (operation.gva, operation.pcid)))
+                self.drop(lambda gva, pcid: gva == operation.gva and pcid == operation.pcid)
             case 1:
                 self.drop(lambda _, pcid: pcid == operation.pcid)
             case 2:
@@ -397,7 +397,7 @@ def test_cr3_holds_the_tables_and_the_pcid_of_the_space(run: Run, replay: Replay
     for step, load in switches(run, replay):
         what = f"{step.name} to space {step.planned.space}"
         expect(run, f"{what}: the tables in CR3", expected=roots[step.planned.space], seen=load.root, near=load)
-        why = "it has it" if step.had_pcid else "the next in turn"
+        why = "it has it still" if step.had_pcid else "it has none, so the next in turn"
         expect(run, f"{what}: its PCID ({why})", expected=f"{step.pcid}", seen=f"{load.pcid}", near=load)
     for end in run.all("stage"):
         (*_, load) = (event for event in run.all("operation", operation="MOV to CR3") if event.seq < end.seq)
