@@ -283,13 +283,15 @@ class Replay:
         tag = "global" if is_global else f"PCID {self.tlb.pcid}"
         what = f"{self.steps[-1].name}: space {self.current} looks at gva {look.gva:#x}, with PCID {self.tlb.pcid}"
         gpa = now.value & ADDRESS
-        shown = "the new frame" if look.value == word(self.run, gpa) else "the old frame"
+        shown, other = "right", "wrong"
+        if look.value != word(self.run, gpa):
+            shown, other = other, shown
         lines = (
             f"expected frame {gpa:#x} and no other: the entry says so since event #{now.seq}",
             f"seen     frame {held.gpa:#x} is permitted, too: the TLB may hold (gva {look.gva:#x}, {tag}), made from "
             f"what event #{held.entry.seq} wrote",
             self.remedy(look.gva, held, now),
-            f"(This machine has shown {shown}; another may show the other one.)",
+            f"(This machine has shown the {shown} frame; another may show the {other} one.)",
         )
         self.find(self.cause(held, now), what, *lines, near=look)
 
@@ -359,8 +361,9 @@ def expect_frames(run: Run, replay: Replay, stage: int) -> None:
     """Every page has the frame that the plan has given it last, by a walk and by KVM's own."""
     __tracebackhide__ = True
     gvas = {"page": many(replay.plan, "page_gva"), "kernel page": many(replay.plan, "kernel_gva")}
+    probes = tables_after(run, replay, stage)
     frames = replay.frames_at[stage]
-    for probe in tables_after(run, replay, stage):
+    for probe in probes:
         page_gva = probe.gva & ~(PAGE - 1)
         at = None if probe.what == "kernel page" else probe.space, gvas[probe.what].index(page_gva)
         if at in frames:
@@ -397,7 +400,7 @@ def test_cr3_holds_the_tables_and_the_pcid_of_the_space(run: Run, replay: Replay
     for step, load in switches(run, replay):
         what = f"{step.name} to space {step.planned.space}"
         expect(run, f"{what}: the tables in CR3", expected=roots[step.planned.space], seen=load.root, near=load)
-        why = "it has it still" if step.had_pcid else "it has none, so the next in turn"
+        why = "it has it still" if step.had_pcid else "it has none now, so the next in turn"
         expect(run, f"{what}: its PCID ({why})", expected=f"{step.pcid}", seen=f"{load.pcid}", near=load)
     for end in run.all("stage"):
         (*_, load) = (event for event in run.all("operation", operation="MOV to CR3") if event.seq < end.seq)
