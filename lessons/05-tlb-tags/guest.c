@@ -219,6 +219,7 @@ static uint64_t trial_cr3(unsigned space, bool keep) {
 static void trial_act(enum trial_act act, uint64_t gva) {
     uint16_t own = plan.trial_pcid[0];
     uint16_t other = plan.trial_pcid[1];
+    uint16_t none = 0;
     uint64_t cr4 = mmu_cr4_read();
     switch (act) {
     case ACT_NOTHING: break;
@@ -228,8 +229,8 @@ static void trial_act(enum trial_act act, uint64_t gva) {
     case ACT_ADDRESS_OTHER: mmu_invpcid(INVPCID_ADDRESS, other, gva); break;
     case ACT_CONTEXT: mmu_invpcid(INVPCID_CONTEXT, own, 0); break;
     case ACT_CONTEXT_OTHER: mmu_invpcid(INVPCID_CONTEXT, other, 0); break;
-    case ACT_ALL: mmu_invpcid(INVPCID_ALL, 0, 0); break;
-    case ACT_ALL_AND_GLOBALS: mmu_invpcid(INVPCID_ALL_AND_GLOBALS, 0, 0); break;
+    case ACT_ALL: mmu_invpcid(INVPCID_ALL, none, 0); break;
+    case ACT_ALL_AND_GLOBALS: mmu_invpcid(INVPCID_ALL_AND_GLOBALS, none, 0); break;
     case ACT_CR3_KEEP: mmu_cr3_write(trial_cr3(0, true)); break;
     case ACT_CR3: mmu_cr3_write(trial_cr3(0, false)); break;
     case ACT_AWAY:

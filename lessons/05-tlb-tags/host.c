@@ -285,24 +285,24 @@ static void trial_drop(const struct operation *operation) {
     lab.trial[lab.trial_now].drops |= operation_drops(operation, &tag);
 }
 
-static void operation_record(const struct operation *operation) {
+static void operation_record(const struct operation *executed) {
     event_begin("operation");
-    event_string("operation", operation_names[operation->kind]);
-    switch (operation->kind) {
-    case INVLPG: event_hex("gva", operation->gva); break;
+    event_string("operation", operation_names[executed->kind]);
+    switch (executed->kind) {
+    case INVLPG: event_hex("gva", executed->gva); break;
     case INVPCID:
-        event_number("type", operation->type);
-        event_number("pcid", operation->pcid);
-        event_hex("gva", operation->gva);
+        event_number("type", executed->type);
+        event_number("pcid", executed->pcid);
+        event_hex("gva", executed->gva);
         break;
     case MOV_TO_CR3:
         event_hex("root", lab.cr3 & PTE_ADDRESS);
-        event_number("pcid", operation->pcid);
-        event_number("keep", operation->keep);
+        event_number("pcid", executed->pcid);
+        event_number("keep", executed->keep);
         break;
     case MOV_TO_CR4:
         event_hex("cr4", lab.cr4);
-        event_number("changes_pge", operation->changes_pge);
+        event_number("changes_pge", executed->changes_pge);
         break;
     }
     event_end();
