@@ -17,7 +17,7 @@ struct space {
 static struct space spaces[SPACES];
 static struct space *current; /* the one that CR3 points to; NULL: the boot space */
 
-/* ---- what you write ---- */
+/* ---- what you write: with the functions of mmu.h, for what is not noted does not count ---- */
 
 /*
  * Switch on global pages and PCIDs: CR4.PGE and CR4.PCIDE. PCIDE can be set only while CR3[11:0] is 0,
@@ -97,9 +97,9 @@ static void space_forget(struct space *space) {
 }
 
 /*
- * The page at gva belongs to the kernel: all spaces share the table that its entry is in, so it is the
- * same in all of them, and its TLB entry is to serve all of them. Let it point to this frame, present and
- * writable. It may have pointed to another one before.
+ * The page at gva belongs to the kernel: all spaces share the table that its entry is in (the way there may
+ * begin at current->root), so it is the same in all of them, and its TLB entry is to serve all of them. Let
+ * it point to this frame, present and writable. It may have pointed to another one before.
  */
 static void kernel_page_map(uint64_t gva, uint64_t gpa) {
     /* BEGIN SOLUTION */
