@@ -51,7 +51,7 @@ ROWS: list[tuple[str, Callable[[Run], object]]] = [
 
 
 def table(runs: Sequence[Run]) -> Iterable[Sequence[object]]:
-    yield "", *(machine.kvm_params.replace(" ", ", ") for machine in MACHINES[: len(runs)])
+    yield "", *(run.kvm_params.replace(" ", ", ") for run in runs)
     for name, value in ROWS:
         yield name, *(value(run) for run in runs)
     yield "what a page shows that has got another frame, after", *("" for _ in runs)

@@ -64,7 +64,7 @@ static inline void mmu_invpcid(enum invpcid_type type, uint16_t pcid, uint64_t g
 /* The page-table entry of gva in the tables that begin at root; tables that are missing are made. */
 static inline uint64_t *mmu_entry(uint64_t root, uint64_t gva) {
     uint64_t table = root;
-    for (unsigned level = 4; level > 1; level--) {
+    for (unsigned level = 4; level >= 2; level--) {
         uint64_t *upper = &page_table(table)[page_index(gva, level)];
         if (*upper == 0)
             *upper = page_alloc() | PTE_PRESENT | PTE_WRITABLE;
