@@ -63,7 +63,8 @@ def told(run: runner.Run) -> list[dict[str, object]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_leaves_the_same_events_on_every_engine(engines: Engines, build: Path, name: str) -> None:
     """But where a host half injects: when the guest takes an event is the engine's choice, in part."""
-    runs = [runner.run(runner.lesson_built(build, name), seed=5, engine=this) for this in engines.values()]
+    built = runner.lesson_built(build, name)
+    runs = [run for this in engines.values() if not (run := runner.run(built, seed=5, engine=this)).lacking]
     for run in runs:
         assert is_done(run, name), run.errors
         assert run.output == runs[0].output
