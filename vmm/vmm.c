@@ -1775,7 +1775,8 @@ int host_vcpu_ioctl(unsigned long request, const char *name, void *argument) {
     return ioctl_or_die(machine.vcpu, request, name, argument);
 }
 
-static void slot_record(const struct kvm_userspace_memory_region *region) {
+/* The VMM's own slots are not for the host half to change; all others are put into the record. */
+static void slot_admit(const struct kvm_userspace_memory_region *region) {
     if (region->slot < HOST_SLOT_FIRST)
         die(STATUS_HOST, "slot %u is the VMM's own: the host half's begin with HOST_SLOT_FIRST, %u",
             region->slot, HOST_SLOT_FIRST);
@@ -1789,7 +1790,7 @@ static void slot_record(const struct kvm_userspace_memory_region *region) {
 
 int host_vm_ioctl(unsigned long request, const char *name, void *argument) {
     if (request == KVM_SET_USER_MEMORY_REGION)
-        slot_record(argument);
+        slot_admit(argument);
     return ioctl_or_die(machine.vm, request, name, argument);
 }
 

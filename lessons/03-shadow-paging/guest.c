@@ -134,13 +134,15 @@ static struct shadow *shadow_of(uint64_t inner_gpa, unsigned level) {
 
 /* ---- what you write: page faults ---- */
 
-/* Where a walk of the inner tables has led. */
+/*
+ * Where a walk of the inner tables has led. entry has the inner entries that were read, by level, 4 to 1;
+ * the one that ended the walk is among them, and those that it did not come to are NULL. permits has
+ * PTE_WRITABLE and PTE_USER if all entries of the path do, and PTE_NO_EXECUTE if one does.
+ */
 struct walk {
     enum { WALK_MAPPED, WALK_NOT_PRESENT, WALK_BEYOND_MEMORY } end;
-    uint64_t
-        *entry[5]; /* the inner entries it has read, by level, the last one included; else NULL */
-    uint64_t
-        permits; /* PTE_WRITABLE and PTE_USER if all of them have it, PTE_NO_EXECUTE if one has */
+    uint64_t *entry[5];
+    uint64_t permits;
     struct page *page; /* what the leaf points to, if WALK_MAPPED */
 };
 
@@ -371,9 +373,11 @@ static enum served inner_fault(struct trap_frame *frame, uint64_t gva) {
     return SERVED_WRITE;
 }
 
+/* False: a fault of the hypervisor itself; or the inner program uses the slot where that one lives, which
+ * this hypervisor cannot shadow. */
 static bool page_fault(struct trap_frame *frame) {
-    if (!(frame->error_code & PF_ERROR_USER))
-        return false; /* the hypervisor's own */
+    if (!(frame->error_code & PF_ERROR_USER) || page_index(cr2_read(), 4) == 0)
+        return false;
     trap_report(frame, inner_fault(frame, cr2_read()));
     return true;
 }
