@@ -16,7 +16,7 @@ pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
 PROOF_OF = ("commands", "compare", "engines", "handout", "lesson_texts", "lessons")
-PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/variants.py"}
+PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,16 @@
 Tests import this and name it as their plugin, for its fixtures (so: PYTEST_DONT_REWRITE).
 """
 
+import atexit
+import functools
+import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +35,10 @@ def is_done(run: Run, name: str) -> bool:
 # without what would hide that a line is flushed too late.
 _NOT_THE_USERS = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHONUNBUFFERED"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in _NOT_THE_USERS}
+
+
+_PYTHON = {"PYTHONPATH": "tools", "PYTHONDONTWRITEBYTECODE": "1"}
+TOO_LONG = 120.0
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,52 @@ def command(*arguments: str | Path, folder: Path = ROOT, **environment: str) -> 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TOO_LONG,
         check=False,
     )
     return Shown(done.returncode, done.stdout, done.stderr)
+
+
+class Server:
+    """tests/kvmlab_server.py: `python -m kvmlab`, over and over, without the time that it takes to start."""
+
+    def __init__(self) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="kvmlab-")
+        self._process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "kvmlab_server.py"],
+            cwd=ROOT,
+            env=ENVIRONMENT | _PYTHON,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, arguments: list[str]) -> Shown:
+        assert self._process.stdin
+        assert self._process.stdout
+        output, errors = (Path(self._scratch.name) / name for name in ("output", "errors"))
+        request = {"arguments": arguments, "folder": str(ROOT), "environment": ENVIRONMENT | _PYTHON}
+        print(
+            json.dumps(request | {"output": str(output), "errors": str(errors)}), file=self._process.stdin, flush=True
+        )
+        assert select.select([self._process.stdout], [], [], TOO_LONG)[0], f"this takes too long: {arguments}"
+        status = int(self._process.stdout.readline())
+        shown = Shown(status, output.read_text(), errors.read_text())
+        output.unlink()
+        errors.unlink()
+        return shown
+
+    def close(self) -> None:
+        """The emulated machine ends with it."""
+        self._process.communicate()
+        self._scratch.cleanup()
+
+
+@functools.cache
+def server() -> Server:
+    started = Server()
+    atexit.register(started.close)
+    return started
 
 
 @dataclass(frozen=True)
@@ -111,7 +162,7 @@ class Variant:
 
     def kvmlab(self, *arguments: str) -> Shown:
         """What is behind `make run` and `make check`: its status is not hidden by make's."""
-        return command(*self.call(*arguments), PYTHONPATH="tools", PYTHONDONTWRITEBYTECODE="1")
+        return server().ask([f"--lessons={self.lessons}", f"--build={self.build}", *arguments])
 
     def call(self, *arguments: str) -> list[str]:
         """Its command line, for who does not want to wait for it; PYTHONPATH must name tools."""

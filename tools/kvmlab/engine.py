@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvmlab import cache, emulator_log
 from kvmlab.lesson import Lesson, UsageError
 from kvmlab.machine import Job, Machine, MachineError, MachineHangsError, Outcome, OwnMachine, Settings, read_result
 
-SHARED_VMX = "KVMLAB_VMX"  # names the folder of a machine that is there already
+# These name the folder of a machine that is there already.
+SHARED_SVM = "KVMLAB_SVM"
+SHARED_VMX = "KVMLAB_VMX"
 
 DEVICE = Path("/dev/kvm")
 GET_API_VERSION = 0xAE00
@@ -108,6 +110,9 @@ class Svm(Emulated):
 
     def run(self, job: Job) -> Outcome:
         place = cache.ready(self.name)
+        if shared := os.environ.get(SHARED_SVM):
+            with contextlib.closing(Machine(Path(shared))) as machine:
+                return machine.run(job, self.settings(place), _show)
         try:
             return self._run_restored(place, job)
         except MachineError:
@@ -117,12 +122,18 @@ class Svm(Emulated):
 
     def _run_restored(self, place: Path, job: Job) -> Outcome:
         settings = self.settings(place)
-        with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch, (place / "state").open("rb") as state:
-            restore = [*cache.QEMU, "-incoming", f"fd:{state.fileno()}"]
-            with contextlib.closing(
-                OwnMachine(Path(scratch), restore, pass_fds=[state.fileno()], restored=True)
-            ) as machine:
-                return machine.run(job, settings, _show)
+        with (
+            tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch,
+            contextlib.closing(start_svm(place, Path(scratch))) as machine,
+        ):
+            return machine.run(job, settings, _show)
+
+
+def start_svm(place: Path, folder: Path) -> OwnMachine:
+    """Restore the emulated AMD machine in this folder."""
+    with (place / "state").open("rb") as state:
+        restore = [*cache.QEMU, "-incoming", f"fd:{state.fileno()}"]
+        return OwnMachine(folder, restore, pass_fds=[state.fileno()], restored=True)
 
 
 _UNSTOPPABLE = "nothing stops it on this engine, so that there is no record; ENGINE=svm says more"
@@ -190,15 +201,23 @@ def start_vmx(place: Path, folder: Path, keeps_log: bool = False) -> OwnMachine:
 
 
 @contextlib.contextmanager
-def one_vmx(keeps_log: bool = False) -> Iterator[None]:
+def _shared(variable: str, start: Callable[[Path], OwnMachine]) -> Iterator[None]:
     """As long as this lasts, all engines of this kind, in this process and in those that it starts, use one
     emulated machine: it takes its time to start."""
     with contextlib.ExitStack() as closing:
-        folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="kvmlab-vmx-")))
-        closing.enter_context(contextlib.closing(start_vmx(cache.ready("vmx"), folder, keeps_log)))
-        os.environ[SHARED_VMX] = str(folder)
-        closing.callback(os.environ.pop, SHARED_VMX)
+        folder = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="kvmlab-")))
+        closing.enter_context(contextlib.closing(start(folder)))
+        os.environ[variable] = str(folder)
+        closing.callback(os.environ.pop, variable)
         yield
+
+
+def one_svm() -> contextlib.AbstractContextManager[None]:
+    return _shared(SHARED_SVM, lambda folder: start_svm(cache.ready("svm"), folder))
+
+
+def one_vmx(keeps_log: bool = False) -> contextlib.AbstractContextManager[None]:
+    return _shared(SHARED_VMX, lambda folder: start_vmx(cache.ready("vmx"), folder, keeps_log))
 
 
 def _show(output: bytes) -> None:
