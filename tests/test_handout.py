@@ -15,7 +15,7 @@ from kvmlab.plugin import ROOT
 pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
-PROOF_OF = ("commands", "compare", "engines", "handout", "lesson_texts", "lessons")
+PROOF_OF = ("commands", "compare", "engines", "handout", "lesson_texts", "lessons", "tlb_notes", "userfaultfd")
 PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
 
 
@@ -162,6 +162,11 @@ def test_make_run_there_says_what_to_write_until_it_is_written(project: Path, wo
         shutil.copy(project / "lessons" / "01-vm-exit" / file, worked_in / "lessons" / "01-vm-exit")
     shown = command("make", "check", "LESSON=1", folder=worked_in)
     assert (shown.status, shown.failed, shown.points) == (0, [], 12), str(shown)
+
+
+def test_all_tests_that_are_there_can_be_collected(worked_in: Path) -> None:
+    shown = command(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", folder=worked_in)
+    assert (shown.status, shown.errors) == (0, ""), str(shown)
 
 
 def test_make_list_and_hint_work_there(worked_in: Path) -> None:

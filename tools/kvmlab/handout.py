@@ -17,6 +17,8 @@ _LEFT_OUT = {
     "tests/test_handout.py",
     "tests/test_lesson_texts.py",
     "tests/test_lessons.py",
+    "tests/test_tlb_notes.py",
+    "tests/test_userfaultfd.py",
     "tests/variants.py",
 }
 # Where there is no git to say what belongs to the project: what `make` and the tools leave behind.
