@@ -5,7 +5,8 @@
  * The VMM has one thread, which calls the host half, and may call the functions below. A host half may
  * start another thread, for what must be done while the VMM's sleeps in KVM_RUN. That thread
  *   - blocks all signals but those that it causes (a crash, a timer): they are for the VMM's thread;
- *   - calls none of the functions below, but for HOST_TODO() while the VMM's thread sleeps;
+ *   - calls none of the functions below, but for HOST_TODO() while the VMM's thread sleeps, and
+ *     host_stuck();
  *   - leaves what it has to record under a lock, and the VMM's thread records it, in an order that the
  *     seed decides;
  *   - is ended by `end`. Where the VMM ends without `end`, the process ends, and the thread with it.
@@ -177,6 +178,9 @@ void host_statistics(const char *when);
 
 /* End the run: this machine lacks what the lesson needs, such as "its KVM has no dirty ring". */
 _Noreturn void host_cannot(const char *what);
+
+/* End the run, from any thread: a part of the host half has not come back, such as "f() in host.c waits". */
+_Noreturn void host_stuck(const char *what);
 
 /* End the run: the student has not written this part yet. */
 #define HOST_TODO(task) host_todo(LOCATION, task)

@@ -1811,6 +1811,13 @@ void host_todo(const char *location, const char *task) {
     exit(STATUS_FAILED);
 }
 
+/* The other threads may be anywhere. */
+void host_stuck(const char *what) {
+    char message[256];
+    snprintf(message, sizeof message, "vmm: the VMM itself is stuck: %s\n", what);
+    leave_at_once(STATUS_HANG, message);
+}
+
 void host_cannot(const char *what) {
     event_begin("cannot");
     event_string("message", what);
