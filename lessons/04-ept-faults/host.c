@@ -1,10 +1,12 @@
 /* Lesson 4, host half: where the guest's memory comes from, and what happens when it is not there. */
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -33,7 +35,8 @@ static int uffd_copy(struct uffdio_copy *copy);
 
 /* ---- what you write ---- */
 
-/* Tell KVM: the gpas of this region are backed by the memory at its hva. KVM_SET_USER_MEMORY_REGION. */
+/* Tell KVM: the gpas of this region are backed by the memory at its hva. KVM_SET_USER_MEMORY_REGION takes a
+ * struct kvm_userspace_memory_region. */
 static void slot_set(const struct region *region) {
     /* BEGIN SOLUTION */
     struct kvm_userspace_memory_region slot = {.slot = region->slot,
@@ -53,8 +56,9 @@ static void slot_set(const struct region *region) {
  * access anywhere in the region is memory.
  *
  * This access is not repeated. KVM has decoded the instruction and left for the VMM what it lacks: for
- * a read, put access->size bytes into access->data, which KVM moves to the register; for a write, the
- * bytes are in access->data, and nobody but you will put them into memory.
+ * a read, put access->size bytes from the region's memory into access->data, and KVM moves them to the
+ * register; for a write, the bytes are in access->data, and nobody but you will put them into the
+ * region's memory. That memory begins at region->hva; host_memory() knows nothing of it.
  */
 static void absent_serve(const struct region *region, struct access *access) {
     /* BEGIN SOLUTION */
@@ -70,20 +74,19 @@ static void absent_serve(const struct region *region, struct access *access) {
 }
 
 /*
- * On the second thread: somebody waits for the page at this address of the region, which is not there;
- * here it is the vCPU, in the middle of KVM_RUN. Supply this one page: UFFDIO_COPY makes it, fills it
- * and puts it in place in one step. Its content is source_at() of its gpa.
+ * On the second thread: somebody waits for the page at this hva, which lies in the memory of the region
+ * and is page-aligned; here it is the vCPU, in the middle of KVM_RUN. Supply this one page: UFFDIO_COPY,
+ * with a struct uffdio_copy, makes it, fills it and puts it in place in one step. Its content is
+ * source_at() of its gpa. Whoever touches the page before that waits for it, and so would you.
  */
-static void page_serve(const struct region *region, uint64_t address) {
+static void page_serve(const struct region *region, uint64_t hva) {
     /* BEGIN SOLUTION */
-    uint64_t offset = (address - (uintptr_t)region->hva) & ~(PAGE_SIZE - 1);
-    struct uffdio_copy copy = {.dst = (uintptr_t)region->hva + offset,
-                               .src = (uintptr_t)source_at(region->gpa + offset),
-                               .len = PAGE_SIZE};
+    const uint8_t *source = source_at(region->gpa + (hva - (uintptr_t)region->hva));
+    struct uffdio_copy copy = {.dst = hva, .src = (uintptr_t)source, .len = PAGE_SIZE};
     uffd_copy(&copy);
     /* STUB
-    (void)region, (void)address, (void)source_at, (void)uffd_copy;
-    HOST_TODO("page_serve: supply the page that is missing at this address");
+    (void)region, (void)hva, (void)source_at, (void)uffd_copy;
+    HOST_TODO("page_serve: supply the page that is missing at this hva");
     END SOLUTION */
 }
 
@@ -92,9 +95,9 @@ static void page_serve(const struct region *region, uint64_t address) {
  * BLOCK_SIZE, as far as they lie in the region. Pages of the block that are there already stay as they
  * are: UFFDIO_COPY refuses them (EEXIST), and stops there if it was to copy more than one.
  */
-static void block_serve(const struct region *region, uint64_t address) {
+static void block_serve(const struct region *region, uint64_t hva) {
     /* BEGIN SOLUTION */
-    gpa_t gpa = region->gpa + (address - (uintptr_t)region->hva);
+    gpa_t gpa = region->gpa + (hva - (uintptr_t)region->hva);
     gpa_t start_gpa = gpa & ~(BLOCK_SIZE - 1);
     for (unsigned i = 0; i < BLOCK_PAGES; i++) {
         gpa_t page_gpa = start_gpa + i * PAGE_SIZE;
@@ -102,8 +105,8 @@ static void block_serve(const struct region *region, uint64_t address) {
             page_serve(region, (uintptr_t)region->hva + (page_gpa - region->gpa));
     }
     /* STUB
-    (void)region, (void)address;
-    HOST_TODO("block_serve: supply the block of 64 KiB around this address");
+    (void)region, (void)hva;
+    HOST_TODO("block_serve: supply the block of 64 KiB around this hva");
     END SOLUTION */
 }
 
@@ -132,9 +135,10 @@ static void write_serve(struct region *region, struct access *access) {
 
 /*
  * Which pages of this region has the guest written to since the last time? Bit i of the bitmap, 64 bits
- * in each of its words, is for page i. KVM_GET_DIRTY_LOG tells. It resets nothing, since the lab has
- * enabled KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_CLEAR_DIRTY_LOG does, for the pages of a bitmap, so that
- * the next log has only what is new. Its num_pages is a multiple of 64, or ends with the slot.
+ * in each of its words, is for page i. KVM_GET_DIRTY_LOG (struct kvm_dirty_log) tells. It resets nothing,
+ * since the lab has enabled KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_CLEAR_DIRTY_LOG (struct
+ * kvm_clear_dirty_log) does, for the pages of a bitmap, so that the next log has only what is new. Its
+ * num_pages is a multiple of 64, or ends with the slot.
  */
 static void dirty_collect(const struct region *region, uint64_t *bitmap) {
     /* BEGIN SOLUTION */
@@ -150,7 +154,8 @@ static void dirty_collect(const struct region *region, uint64_t *bitmap) {
     END SOLUTION */
 }
 
-/* Let the region begin at another gpa from now on, with all that is in it. */
+/* Let the region begin at another gpa from now on, with all that is in it: the same slot, moved. The lab
+ * looks at region->gpa (region_at): it must say so, too. */
 static void region_move(struct region *region, gpa_t gpa) {
     /* BEGIN SOLUTION */
     region->gpa = gpa; /* all else is as before: KVM moves it */
@@ -161,7 +166,7 @@ static void region_move(struct region *region, gpa_t gpa) {
     END SOLUTION */
 }
 
-/* Let nothing be at the gpas of this region any more. */
+/* Let nothing be at the gpas of this region any more: no slot, and a region->size of 0, which tells the lab. */
 static void region_remove(struct region *region) {
     /* BEGIN SOLUTION */
     region->size = 0; /* and so KVM removes it */
@@ -196,6 +201,7 @@ static bool fault_mend(gpa_t gpa) {
 #define FRAMES 16       /* for copies on write */
 #define LOG_MAX 512     /* what the second thread does in a stage */
 #define COPIES_MAX 256  /* for one fault */
+#define PAGES_TEXT 1024 /* bytes: the page numbers of a region */
 #define SERVE_SECONDS 4 /* for one fault */
 #define REPEATS_MAX 8   /* of a memory fault at the same gpa */
 
@@ -203,6 +209,7 @@ static struct plan plan;
 
 static struct {
     struct region regions[REGIONS];
+    uint8_t *on_demand; /* the memory of REGION_BLOCK and, right behind it, of REGION_PAGE */
     uint8_t *frames;
     unsigned frames_used;
     uint8_t *shared; /* the frame of all read-only slots */
@@ -233,6 +240,13 @@ static uint8_t *memory_map(uint64_t size) {
     return hva;
 }
 
+/* REGION_BLOCK begins at a multiple of BLOCK_SIZE in this process, as it never does among the gpas. */
+static uint8_t *on_demand_map(void) {
+    uint64_t pages = plan.regions[REGION_BLOCK].pages + plan.regions[REGION_PAGE].pages;
+    uint8_t *hva = memory_map(pages * PAGE_SIZE + BLOCK_SIZE);
+    return hva + (-(uintptr_t)hva & (BLOCK_SIZE - 1));
+}
+
 static uint8_t *frame_alloc(void) {
     unsigned frame = lab.frames_used++;
     return lab.frames + PAGE_SIZE * (frame < FRAMES ? frame : FRAMES - 1);
@@ -249,15 +263,17 @@ static void content_fill(uint8_t *hva, gpa_t gpa, uint64_t size) {
 
 /* What it has done, for the VMM's thread to record. */
 struct log_entry {
-    const char *what; /* "fault", "copy", "unserved" */
-    gpa_t gpa;
+    const char *what; /* "fault", "copy", "gave up", "unserved" */
+    uint64_t hva;
     uint64_t size; /* of a copy */
     int error;
+    unsigned times; /* in a row */
 };
 
 static struct {
     int uffd, stop;
     timer_t watch;
+    const char *serving; /* the function that the watch is for */
     pthread_t thread;
     pthread_mutex_t lock; /* of all below */
     struct log_entry log[LOG_MAX];
@@ -282,11 +298,13 @@ static const uint8_t *source_at(gpa_t gpa) {
     return page;
 }
 
-static void log_add(const char *what, uint64_t address, uint64_t size, int error) {
-    const struct region *region = region_of(address);
-    gpa_t gpa = region ? region->gpa + (address - (uintptr_t)region->hva) : HOST_GPA_UNKNOWN;
-    if (server.logged < LOG_MAX)
-        server.log[server.logged++] = (struct log_entry){what, gpa, size, error};
+static void log_add(const char *what, uint64_t hva, uint64_t size, int error) {
+    struct log_entry *last = server.logged ? &server.log[server.logged - 1] : NULL;
+    if (last && last->what == what && last->hva == hva && last->size == size &&
+        last->error == error)
+        last->times++;
+    else if (server.logged < LOG_MAX)
+        server.log[server.logged++] = (struct log_entry){what, hva, size, error, 1};
 }
 
 /*
@@ -295,7 +313,9 @@ static void log_add(const char *what, uint64_t address, uint64_t size, int error
  * did is on record before the guest does anything more.
  */
 static int uffd_copy(struct uffdio_copy *copy) {
-    if (++server.copies > COPIES_MAX) /* a loop that waits for success: let it end */
+    if (++server.copies == COPIES_MAX + 1)
+        log_add("gave up", copy->dst, 0, 0);
+    if (server.copies > COPIES_MAX) /* a loop that waits for success: let it end */
         return 0;
     copy->mode |= UFFDIO_COPY_MODE_DONTWAKE;
     int error = ioctl(server.uffd, UFFDIO_COPY, copy) < 0 ? errno : 0;
@@ -308,16 +328,23 @@ static bool page_is_there(const uint8_t *hva) {
     return mincore((void *)hva, PAGE_SIZE, &resident) == 0 && (resident & 1);
 }
 
-/* While the guest waits, KVM_RUN need not notice the VMM's time limit: not before Linux 6.2. So the second
- * thread has one of its own, for a function that does not come back. */
-static void watch_set(bool is_on) {
-    struct itimerspec limit = {.it_interval.tv_sec = 1,
-                               .it_value.tv_sec = is_on ? SERVE_SECONDS : 0};
-    sigset_t alarm;
-    sigemptyset(&alarm);
-    sigaddset(&alarm, SIGALRM);
+/* While the guest waits, KVM_RUN need not notice the VMM's time limit: not before Linux 6.2. So a function
+ * that does not come back has a limit of its own. It is for yet another thread to tell: this one may wait
+ * in the kernel for a page that only itself would supply. */
+static void serve_late(union sigval unused) {
+    char what[128];
+    (void)unused;
+    snprintf(what, sizeof what,
+             "%s() in host.c has not come back: a loop, or it touches the page that is missing, "
+             "and waits",
+             server.serving);
+    host_stuck(what);
+}
+
+static void watch_set(const char *function) {
+    struct itimerspec limit = {.it_value.tv_sec = function ? SERVE_SECONDS : 0};
+    server.serving = function;
     timer_settime(server.watch, 0, &limit, NULL);
-    pthread_sigmask(is_on ? SIG_UNBLOCK : SIG_BLOCK, &alarm, NULL);
 }
 
 static void fault_serve(uint64_t address) {
@@ -327,12 +354,12 @@ static void fault_serve(uint64_t address) {
     pthread_mutex_lock(&server.lock);
     log_add("fault", page, 0, 0);
     server.copies = 0;
-    watch_set(true);
+    watch_set(region == &lab.regions[REGION_PAGE] ? "page_serve" : "block_serve");
     if (region == &lab.regions[REGION_PAGE])
-        page_serve(region, address);
+        page_serve(region, page);
     else if (region)
-        block_serve(region, address);
-    watch_set(false);
+        block_serve(region, page);
+    watch_set(NULL);
     if (!page_is_there((const uint8_t *)page)) { /* or the guest would wait for ever */
         log_add("unserved", page, 0, 0);
         ioctl(server.uffd, UFFDIO_ZEROPAGE, &zero);
@@ -342,11 +369,10 @@ static void fault_serve(uint64_t address) {
 }
 
 static void *server_run(void *unused) {
-    struct sigevent alarm = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGALRM};
+    struct sigevent late = {.sigev_notify = SIGEV_THREAD, .sigev_notify_function = serve_late};
     struct pollfd sources[] = {{.fd = server.uffd, .events = POLLIN},
                                {.fd = server.stop, .events = POLLIN}};
-    alarm._sigev_un._tid = gettid(); /* this thread, and no other */
-    timer_create(CLOCK_MONOTONIC, &alarm, &server.watch);
+    timer_create(CLOCK_MONOTONIC, &late, &server.watch);
     while (poll(sources, 2, -1) > 0 && !sources[1].revents) {
         struct uffd_msg message;
         if (read(server.uffd, &message, sizeof message) == sizeof message &&
@@ -402,12 +428,20 @@ static void server_stop(void) {
 }
 
 static void log_entry_record(const struct log_entry *entry) {
+    const struct region *region = region_of(entry->hva);
     event_begin(entry->what);
-    event_hex("gpa", entry->gpa);
+    if (region) {
+        event_hex("gpa", region->gpa + (entry->hva - (uintptr_t)region->hva));
+    } else {
+        event_hex("dst", entry->hva);
+        event_string("region", "none has this hva");
+    }
     if (entry->size) {
         event_hex("size", entry->size);
         event_string("result", entry->error ? strerrorname_np(entry->error) : "done");
     }
+    if (entry->times > 1)
+        event_number("times", entry->times);
     event_end();
 }
 
@@ -423,10 +457,25 @@ static void log_record(void) {
 
 /* ---- stages ---- */
 
-/* The words of a bitmap that stand for this many pages. */
+static bool bit_of(const uint64_t *bitmap, uint64_t bit) {
+    return bitmap[bit / 64] >> bit % 64 & 1;
+}
+
+/* The pages whose bits are set, by their numbers: "0 to 3, 7". */
 static void pages_record(const char *kind, const uint64_t *bitmap, uint64_t pages) {
+    char text[PAGES_TEXT] = "none";
+    int length = 0;
+    for (uint64_t page = 0; page < pages; page++) {
+        uint64_t first = page;
+        while (page < pages && bit_of(bitmap, page))
+            page++;
+        if (page > first)
+            length += sprintf(text + length, "%s%" PRIu64, length ? ", " : "", first);
+        if (page > first + 1)
+            length += sprintf(text + length, " to %" PRIu64, page - 1);
+    }
     event_begin(kind);
-    event_bytes("pages", bitmap, (pages + 63) / 64 * 8);
+    event_string("pages", text);
     event_end();
 }
 
@@ -442,7 +491,7 @@ static void presence_record(const struct region *region) {
 static void early_supply(const struct region *region) {
     uint8_t page[PAGE_SIZE];
     for (uint64_t i = 0; i < region->size / PAGE_SIZE; i++) {
-        if (!(plan.early[i / 64] >> i % 64 & 1))
+        if (!bit_of(plan.early, i))
             continue;
         content_fill(page, ~(region->gpa + i * PAGE_SIZE), PAGE_SIZE);
         struct uffdio_copy copy = {.dst = (uintptr_t)region->hva + i * PAGE_SIZE,
@@ -471,7 +520,7 @@ static void dirty_record(void) {
 /* Memory may go any time: another process of the host needs it, or the VMM itself. */
 static void pages_take(const struct region *region) {
     for (uint64_t i = 0; i < region->size / PAGE_SIZE; i++)
-        if (plan.taken >> i & 1)
+        if (bit_of(&plan.taken, i))
             mprotect(region->hva + i * PAGE_SIZE, PAGE_SIZE, PROT_NONE);
     pages_record("taken", &plan.taken, region->size / PAGE_SIZE);
 }
@@ -496,6 +545,16 @@ static void still_taken_record(const struct region *region) {
     pages_record("still taken", &taken, region->size / PAGE_SIZE);
 }
 
+/* Is fault_mend() asked for a gpa of no region, that of the device, it says so. */
+static void nowhere_mend(void) {
+    gpa_t gpa = plan.regions[REGION_DEVICE].gpa;
+    bool is_mended = fault_mend(gpa);
+    event_begin("nowhere");
+    event_hex("gpa", gpa);
+    event_number("is_mended", is_mended);
+    event_end();
+}
+
 static void shared_record(void) {
     uint8_t page[PAGE_SIZE];
     content_fill(page, lab.regions[REGION_COW].gpa, PAGE_SIZE);
@@ -505,7 +564,19 @@ static void shared_record(void) {
     event_end();
 }
 
+/* What a function has left in its region: the lab goes by that. */
+static void region_after_record(const char *function, const struct region *region) {
+    event_begin("region after");
+    event_string("function", function);
+    event_number("slot", region->slot);
+    event_hex("gpa", region->gpa);
+    event_hex("size", region->size);
+    event_number("is_shared", region->hva == lab.shared);
+    event_end();
+}
+
 static void stage_prepare(enum stage stage) {
+    struct region *moving = &lab.regions[REGION_MOVING];
     switch (stage) {
     case STAGE_TOUCH: slot_set(&lab.regions[REGION_TOUCH]); break;
     case STAGE_PAGE: slot_set(&lab.regions[REGION_PAGE]); break;
@@ -515,11 +586,15 @@ static void stage_prepare(enum stage stage) {
         break;
     case STAGE_COW: slots_share(); break;
     case STAGE_SETTLE: slot_set(&lab.regions[REGION_DIRTY]); break;
-    case STAGE_PLACED: slot_set(&lab.regions[REGION_MOVING]); break;
+    case STAGE_PLACED: slot_set(moving); break;
     case STAGE_MOVED:
-        region_move(&lab.regions[REGION_MOVING], plan.regions[REGION_MOVED].gpa);
+        region_move(moving, plan.regions[REGION_MOVED].gpa);
+        region_after_record("region_move", moving);
         break;
-    case STAGE_REMOVED: region_remove(&lab.regions[REGION_MOVING]); break;
+    case STAGE_REMOVED:
+        region_remove(moving);
+        region_after_record("region_remove", moving);
+        break;
     case STAGE_GIVEN: slot_set(&lab.regions[REGION_TAKEN]); break;
     case STAGE_TAKEN: pages_take(&lab.regions[REGION_TAKEN]); break;
     default: break;
@@ -535,7 +610,10 @@ static void stage_inspect(enum stage stage) {
     case STAGE_DIRTY:
     case STAGE_DIRTY_2:
     case STAGE_DIRTY_3: dirty_record(); break;
-    case STAGE_TAKEN: still_taken_record(&lab.regions[REGION_TAKEN]); break;
+    case STAGE_TAKEN:
+        still_taken_record(&lab.regions[REGION_TAKEN]);
+        nowhere_mend();
+        break;
     default: break;
     }
 }
@@ -594,7 +672,8 @@ static void device_access(struct access *access) {
         memcpy(access->data, &word, access->size < sizeof word ? access->size : sizeof word);
 }
 
-/* Where REGION_MOVING has been, the bus is empty: data has all its bits set, as the VMM left it. */
+/* Where REGION_MOVING is for a time, an access that exits finds an empty bus: data has all its bits set, as
+ * the VMM left it. */
 static bool is_hole(gpa_t gpa) {
     for (unsigned i = 0; i < 2; i++) {
         enum region_name name = i == 0 ? REGION_MOVING : REGION_MOVED;
@@ -607,14 +686,16 @@ static bool is_hole(gpa_t gpa) {
 
 static bool lab_memory_event(struct access *access) {
     struct region *region = region_at(access->address);
-    if (!region)
-        return is_hole(access->address);
-    if (is_cow(region) && access->is_write)
+    if (is_hole(access->address))
+        return true;
+    if (region && is_cow(region) && access->is_write) {
         write_serve(region, access);
-    else if (is_absent(region))
+        region_after_record("write_serve", region);
+    } else if (region && is_absent(region)) {
         absent_serve(region, access);
-    else
+    } else {
         return false; /* there should be a slot */
+    }
     return true;
 }
 
@@ -656,10 +737,14 @@ static void region_make(enum region_name name) {
                               .size = plan.regions[name].pages * PAGE_SIZE};
     if (is_cow(region)) /* slots_share() */
         return;
-    region->hva = memory_map(region->size);
-    if (name == REGION_PAGE || name == REGION_BLOCK)
+    if (name == REGION_PAGE || name == REGION_BLOCK) {
+        bool is_behind = name == REGION_PAGE;
+        region->hva = lab.on_demand + is_behind * plan.regions[REGION_BLOCK].pages * PAGE_SIZE;
         uffd_register(region);
-    else if (name != REGION_TOUCH)
+        return;
+    }
+    region->hva = memory_map(region->size);
+    if (name != REGION_TOUCH)
         content_fill(region->hva, region->gpa, region->size);
 }
 
@@ -679,6 +764,7 @@ static void lab_setup(void) {
     server.uffd = uffd_open();
     if (ioctl(server.uffd, UFFDIO_API, &api) < 0)
         host_cannot("its userfaultfd speaks another language");
+    lab.on_demand = on_demand_map();
     for (unsigned name = 0; name < REGIONS; name++) {
         region_make(name);
         region_record(name);

@@ -1,6 +1,7 @@
 """The checks of lesson 4: which accesses exited, what was served where, what KVM's log and slots say, and
 what the guest has read in the memory that it was given."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ PAGE = 4096
 BLOCK = 16 * PAGE
 ONES = (1 << 64) - 1
 LOG_DIRTY_PAGES, READONLY = 1, 2  # KVM_MEM_*
+COPIES_MAX = 256  # of host.c
 
 # Stages and regions of lab.h.
 TOUCH, DEVICE, ABSENT, ON_DEMAND, BLOCKS, COW = "touch", "device", "absent", "page", "block", "copy on write"
@@ -83,8 +85,8 @@ class Stage:
         found = self.run.one(kind) if kind in ("early", "taken") else next(iter(self.all(kind)), None)
         if found is None:
             fail(self.run, f'the stage "{self.name}"', f"expected an event: {kind}", "seen     none", near=self.begin)
-        bitmap = int.from_bytes(bytes.fromhex(found.pages), "little")
-        return {page for page in range(128) if bitmap >> page & 1}
+        spans = re.findall(r"(\d+)(?: to (\d+))?", found.pages)
+        return {page for first, last in spans for page in range(int(first), int(last or first) + 1)}
 
 
 def within(run: Run, first: int, last: int, kind: str) -> list[Event]:
@@ -157,6 +159,7 @@ def expect_slot(run: Run, slots: list[Event], of: Region, what: str, flags: int 
     """One of these slots is this region, neither more nor less, and nobody else's."""
     __tracebackhide__ = True
     wanted = (of.gpa, of.size, flags)
+    slots = [event for event in slots if event.size]  # those of size 0 are removed
     told = [(event.gpa, event.size, event.get("flags")) for event in slots]
     if wanted in told:
         return
@@ -228,7 +231,7 @@ def test_access_that_has_exited_is_done_by_the_vmm(run: Run) -> None:
 def served(stage: Stage) -> list[tuple[Event, list[Event]]]:
     """Each fault that the second thread was told of, with what it did then."""
     found: list[tuple[Event, list[Event]]] = []
-    for event in stage.all("fault", "copy", "unserved"):
+    for event in stage.all("fault", "copy", "gave up", "unserved"):
         if event.kind == "fault":
             found.append((event, []))
         elif found:
@@ -237,8 +240,24 @@ def served(stage: Stage) -> list[tuple[Event, list[Event]]]:
         if done and done[-1].kind == "unserved":
             what = f"the page at gpa {fault.gpa:#x} is there when its fault has been served"
             seen = "no page: nobody would wake the guest any more (the lab gave it a page of zeros)"
-            fail(stage.run, what, "expected a page", f"seen     {seen}", near=fault)
+            lines = ["expected a page", f"seen     {seen}"]
+            copies = [event for event in done if event.kind == "copy"]
+            if copies:
+                lines.append(f"the last UFFDIO_COPY for this fault: {copy_of(copies[-1])}")
+            if any(event.kind == "gave up" for event in done):
+                lines.append(f"uffd_copy() gave up after {COPIES_MAX} copies: a loop that waits for success?")
+            fail(stage.run, what, *lines, near=[fault, *copies][-1])
     return found
+
+
+def place_of(event: Event) -> str:
+    """Where UFFDIO_COPY was to put a page."""
+    gpa = event.get("gpa")
+    return f"gpa {gpa:#x}" if gpa is not None else f"dst {event.dst:#x}, an hva in no region"
+
+
+def copy_of(event: Event) -> str:
+    return f"{place_of(event)}, size {event.size:#x}: {event.result}"
 
 
 def expect_faults(stage: Stage, what: str, expected: list[int]) -> None:
@@ -257,8 +276,8 @@ def test_missing_page_is_supplied_once_when_it_is_touched(run: Run) -> None:
     expect_faults(stage, "the faults: one for each page, when it is touched first", expected)
     for fault, done in faults:
         what = f"what UFFDIO_COPY did for the page at gpa {fault.gpa:#x}"
-        seen = [f"{event.gpa:#x} {event.size:#x} {event.result}" for event in done]
-        expect(run, what, expected=[f"{fault.gpa:#x} {PAGE:#x} done"], seen=seen, near=fault)
+        seen = [copy_of(event) for event in done if event.kind == "copy" for _ in range(event.get("times", 1))]
+        expect(run, what, expected=[f"gpa {fault.gpa:#x}, size {PAGE:#x}: done"], seen=seen, near=fault)
 
 
 def test_page_that_is_supplied_is_the_one_of_its_gpa(run: Run) -> None:
@@ -298,19 +317,21 @@ def test_block_ends_with_its_region(run: Run) -> None:
     of = region(run, REGION_BLOCK)
     for fault, done in served(stage):
         wanted = {of.gpa + page * PAGE for page in block_pages(of, fault.gpa)}
-        for event in done:
-            pages = set(range(event.gpa, event.gpa + max(event.size, PAGE), PAGE))
-            outside = sorted(pages - wanted)
+        copies = [event for event in done if event.kind == "copy"]
+        for event in copies:
+            gpa = event.get("gpa", ONES)
+            outside = sorted(set(range(gpa, gpa + max(event.size, PAGE), PAGE)) - wanted)
             what = f"where UFFDIO_COPY puts pages for the fault at gpa {fault.gpa:#x}"
             if outside:
                 first, last = min(wanted), max(wanted)
                 expected = f"pages from {first:#x} to {last:#x}, its block as far as it lies in the region"
-                seen = f"a page at gpa {outside[0]:#x}" if outside[0] < ONES else "a page outside of the region"
+                seen = f"a page at {f'gpa {outside[0]:#x}' if gpa < ONES else place_of(event)}"
                 fail(run, what, f"expected {expected}", f"seen     {seen}", near=event)
-        copied = {event.gpa for event in done if event.kind == "copy"}
+        copied = {event.gpa for event in copies}
         what = f"the pages of the block around gpa {fault.gpa:#x} that UFFDIO_COPY was asked to make"
         early = {of.gpa + page * PAGE for page in stage.pages("early")}
-        expect(run, what, expected=wanted - early, seen=copied & (wanted - early), near=fault)
+        near = [fault, *done][-1]
+        expect(run, what, expected=wanted - early, seen=copied & (wanted - early), near=near)
 
 
 def test_pages_that_were_there_stay_as_they_are(run: Run) -> None:
@@ -349,6 +370,9 @@ def test_page_that_was_written_has_a_frame_of_its_own(run: Run) -> None:
             expect_slot(run, stage.slots, of, "the slot of a page that the guest has written to")
     shared = region(run, REGION_COW).gpa
     expect_reads(stage, lambda gpa: content(run, shared + gpa % PAGE))
+    for event in run.all("region after", function="write_serve"):
+        what = f"is region->hva still the shared frame after write_serve() for gpa {event.gpa:#x}?"
+        expect(run, what, expected=False, seen=bool(event.is_shared), near=event)
 
 
 def test_other_pages_go_on_sharing(run: Run) -> None:
@@ -392,9 +416,24 @@ def test_next_dirty_log_has_only_what_is_new(run: Run) -> None:
 # ---- slots that move, and go ----
 
 
+def expect_region(run: Run, function: str, **fields: int) -> None:
+    """This function has left the region so."""
+    __tracebackhide__ = True
+    event = require(run, f"{function}() has come back", "region after", function=function)
+    for name, value in fields.items():
+        what = f"region->{name} after {function}(), by which the lab finds the region"
+        expect(run, what, expected=value, seen=event.get(name), near=event)
+
+
 def test_slot_that_moves_takes_its_memory_along(run: Run) -> None:
     old, new = region(run, REGION_MOVING), region(run, REGION_MOVED)
-    expect_slot(run, slots_before(run, stage_begin(run, MOVED)), new, "the slot at its new gpa")
+    placed, moved = stage_begin(run, PLACED), stage_begin(run, MOVED)
+    slots = slots_before(run, moved)
+    expect_slot(run, slots, new, "the slot at its new gpa")
+    what = "the slots that are set to move the region: the one that it has, and once"
+    its_own = [event.slot for event in slots_before(run, placed)]
+    expect(run, what, expected=its_own, seen=[event.slot for event in slots], near=slots[0])
+    expect_region(run, "region_move", gpa=new.gpa, size=new.size)
     before, stage = Stage(run, PLACED), Stage(run, MOVED)
     memory = expect_reads(before, lambda gpa: content(run, gpa))
     memory = {gpa - old.gpa + new.gpa: word for gpa, word in memory.items()}
@@ -420,6 +459,7 @@ def test_place_that_a_slot_has_left_is_empty(run: Run) -> None:
 
 def test_slot_that_is_removed_leaves_nothing(run: Run) -> None:
     expect_empty(Stage(run, REMOVED), region(run, REGION_MOVED))
+    expect_region(run, "region_remove", size=0)
 
 
 # ---- memory that the host has taken away ----
@@ -449,6 +489,9 @@ def test_memory_fault_is_mended_page_by_page(run: Run) -> None:
     left = stage.pages("taken") - {of.page(gpa) for gpa in missed}
     what = "the pages that are still away, since nobody misses them"
     expect_pages(run, what, expected=left, seen=stage.pages("still taken"))
+    nowhere = require(run, "fault_mend() is asked for a gpa of no region", "nowhere")
+    what = f"fault_mend() of gpa {nowhere.gpa:#x}, which is in no region"
+    expect(run, what, expected=False, seen=bool(nowhere.is_mended), near=nowhere)
 
 
 def test_page_that_is_given_back_has_kept_its_content(run: Run) -> None:
