@@ -19,6 +19,8 @@ def quotes(run: Run) -> list[str]:
     copies = run.all("copy")[len(run.all("fault")) - 4 :]
     refused = [event for event in copies if event.result == "EEXIST"]
     pages = run.all("region", region=13)[0].pages
+    dirty = run.all("dirty")[1].pages
+    assert dirty.endswith(" 63"), "so that the first page that stays is next to it"
     return [
         f"`{run.output.splitlines()[-1]}`. Among",
         f"eight bytes at gpa {read.gpa:#x}. It has 16 MiB of memory, so there is nothing at {read.gpa:#x}",
@@ -33,7 +35,9 @@ def quotes(run: Run) -> list[str]:
         f"`the word that the guest reads at gpa {written.gpa:#x}, where it has written before`",
         f"`expected {exit_.data}`",
         f"`seen a page at gpa {run.all('region', region=5)[0].gpa:#x}`",
-        f"`seen 0 to {pages - 1}`. If you reset the first 64 pages only, 64 to {pages - 1} stay",
+        f"`seen 0 to {pages - 1}`. If you reset the first 64 pages only, 64 to {pages - 1} stay: "
+        f"`seen {dirty} to {pages - 1}`",
+        f"for this fault: gpa {refused[0].gpa:#x}, size 0x1000: EEXIST`",
         f"at rip {run.all('exit', reason='MEMORY_FAULT', rip=0x1000000001C)[0].rip:#x}: the host has no memory",
     ]
 
