@@ -314,7 +314,7 @@ static struct operation operation_of(const struct note *note) {
     case NOTE_INVPCID:
         operation.kind = INVPCID;
         operation.type = note->detail;
-        operation.pcid = (uint16_t)note->root;
+        operation.pcid = (uint16_t)note->value;
         operation.gva = note->gva;
         break;
     case NOTE_CR3:

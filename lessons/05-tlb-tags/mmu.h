@@ -57,7 +57,7 @@ static inline void mmu_invpcid(enum invpcid_type type, uint16_t pcid, uint64_t g
     struct {
         uint64_t pcid, gva;
     } descriptor = {pcid, gva};
-    mmu_note(NOTE_INVPCID, type, pcid, gva, 0);
+    mmu_note(NOTE_INVPCID, type, 0, gva, pcid);
     __asm__ volatile("invpcid %0, %1" : : "m"(descriptor), "r"((uint64_t)type) : "memory");
 }
 

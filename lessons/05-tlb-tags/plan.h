@@ -22,7 +22,7 @@ enum note_kind {
     NOTE_ENTRY,   /* root, gva; value: what its entry is now */
     NOTE_LOOK,    /* gva; value: the word that was read there */
     NOTE_INVLPG,  /* gva */
-    NOTE_INVPCID, /* detail: type; root: the PCID; gva */
+    NOTE_INVPCID, /* detail: type; gva; value: the PCID */
     NOTE_CR3,     /* value */
     NOTE_CR4,     /* value */
     NOTE_TRIAL,   /* detail: the number of the trial that begins */
