@@ -8,8 +8,9 @@ MACHINE(.memory_mib = MEMORY_MIB, .irqchip = MACHINE_IRQCHIP_NONE, .devices = MA
 
 static struct plan plan;
 
-/* An address space. pcid: what its TLB entries are tagged with; 0: it has none at the moment. (The
- * boot space has PCID 0 for itself.) */
+/* An address space. pcid: what its TLB entries are tagged with; 0: it has none at the moment, so none of
+ * them is its own. (PCID 0 itself is the boot space's.) Only pcid_assign() gives PCIDs and takes them
+ * away. */
 struct space {
     uint64_t root;
     uint16_t pcid;
@@ -43,13 +44,14 @@ static uint64_t cr3_value(uint64_t root, uint16_t pcid, bool keep) {
     END SOLUTION */
 }
 
-/* Which space has plan.pcid[i]? NULL: none yet. For pcid_assign(). */
+/* For pcid_assign(). Which space has plan.pcid[i]? NULL: nobody has had it yet. */
 static struct space *owner[PCIDS];
-static unsigned next_pcid; /* the one to give away next, counted round and round */
+static unsigned next_pcid; /* not a PCID: how many were given away; modulo PCIDS: which i is next */
 
 /*
  * The space is about to run: see to it that it has a PCID. One that has a PCID keeps it. Else it gets
- * the next in turn, and whoever had that one until now has none any more.
+ * the next in turn; whoever had that one until now has none any more, and learns it from the `pcid` in
+ * its struct space.
  *
  * True: all that the TLB may hold with this PCID is of this space.
  */
@@ -69,8 +71,9 @@ static bool pcid_assign(struct space *space) {
     END SOLUTION */
 }
 
-/* The page at gva of this space, which may be the current one or not, gets another frame. It is
- * present and writable, as before. Nothing else that the TLB holds is to be dropped. */
+/* The page at gva of this space, which may be the current one or not, gets another frame. Its entry is
+ * present and writable, as before, and has no other flag. Nothing else that the TLB holds is to be
+ * dropped. */
 static void page_remap(struct space *space, uint64_t gva, uint64_t gpa) {
     /* BEGIN SOLUTION */
     mmu_entry_write(space->root, gva, gpa | PTE_PRESENT | PTE_WRITABLE);
@@ -98,8 +101,8 @@ static void space_forget(struct space *space) {
 
 /*
  * The page at gva belongs to the kernel: all spaces share the table that its entry is in (the way there may
- * begin at current->root), so it is the same in all of them, and its TLB entry is to serve all of them. Let
- * it point to this frame, present and writable. It may have pointed to another one before.
+ * begin at any space's root), so it is the same in all of them, and its TLB entry is to serve all of them.
+ * Let it point to this frame, present and writable. It may have pointed to another one before.
  */
 static void kernel_page_map(uint64_t gva, uint64_t gpa) {
     /* BEGIN SOLUTION */

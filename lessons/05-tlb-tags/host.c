@@ -14,7 +14,7 @@
 /* What a TLB entry is tagged with, as far as the guest has a say in it: the page it translates, the
  * PCID that was in CR3, and the bit G of the page-table entry that it was made from. */
 struct tag {
-    gva_t gva;
+    gva_t gva; /* the first of the page */
     uint16_t pcid;
     bool is_global;
 };
@@ -25,18 +25,18 @@ struct operation {
     uint16_t current_pcid; /* in CR3 before it */
     uint32_t type;         /* INVPCID: 0 to 3, as in mmu.h */
     uint16_t pcid;         /* INVPCID: of the descriptor; MOV to CR3: of the value that is loaded */
-    gva_t gva;             /* INVLPG; INVPCID: of the descriptor */
+    gva_t gva;             /* INVLPG; INVPCID: of the descriptor. Anywhere in the page it means */
     bool keep;             /* MOV to CR3: bit 63 */
     bool changes_pge;      /* MOV to CR4 */
 };
 
 /*
- * Must this operation drop the entry with this tag? CR4.PGE and CR4.PCIDE are 1. (A CPU may drop more at
- * any time; the question is what one can rely on.)
+ * Must this operation drop the entry with this tag? When the entry was made, CR4.PGE and CR4.PCIDE were
+ * 1; PCIDE stays 1. (A CPU may drop more at any time; the question is what one can rely on.)
  */
 static bool operation_drops(const struct operation *operation, const struct tag *tag) {
     /* BEGIN SOLUTION */
-    bool is_page = operation->gva == tag->gva;
+    bool is_page = operation->gva / PAGE_SIZE == tag->gva / PAGE_SIZE;
     bool is_context = operation->pcid == tag->pcid && !tag->is_global;
     switch (operation->kind) {
     case INVLPG: return is_page && (tag->is_global || tag->pcid == operation->current_pcid);
@@ -63,7 +63,8 @@ static bool operation_drops(const struct operation *operation, const struct tag 
 
 static struct {
     struct plan plan;
-    struct random probes; /* where inside a page to look */
+    struct random probes;   /* where inside a page to look */
+    uint64_t words[FRAMES]; /* what each frame for data begins with */
     gpa_t log_gpa;
     uint64_t notes_read;
     gpa_t space_root[SPACES]; /* 0: not there yet */
@@ -75,18 +76,15 @@ static struct {
     uint8_t verdict;
 } lab;
 
-static uint64_t frame_word(gpa_t gpa) {
-    struct random words = random_stream(host_seed() ^ gpa, 2);
-    return random_next(&words);
-}
+static uint64_t frame_word(gpa_t gpa) { return lab.words[(gpa - FRAMES_GPA) / PAGE_SIZE]; }
 
 static void frames_fill(void) {
+    struct random words = random_stream(host_seed(), 2);
     for (unsigned i = 0; i < FRAMES; i++) {
-        gpa_t gpa = FRAMES_GPA + i * PAGE_SIZE;
-        uint64_t word = frame_word(gpa);
-        void *frame = host_memory(gpa, sizeof word);
+        lab.words[i] = random_next(&words);
+        void *frame = host_memory(FRAMES_GPA + i * PAGE_SIZE, sizeof lab.words[i]);
         if (frame)
-            memcpy(frame, &word, sizeof word);
+            memcpy(frame, &lab.words[i], sizeof lab.words[i]);
     }
 }
 
@@ -196,13 +194,14 @@ static void situation_make(int kind, uint32_t type, uint32_t differs, unsigned b
     const uint16_t *pcid = lab.plan.trial_pcid;
     bool has_pcid = differs & OTHER_PCID;
     bool has_gva = differs & OTHER_GVA;
+    gva_t inside = random_below(&lab.probes, PAGE_SIZE);
     struct tag tag = {lab.plan.trial_gva, pcid[0], bits & GLOBAL};
     struct operation operation = {
         .kind = kind,
         .current_pcid = pcid[(bits & OTHER_CURRENT) != 0],
         .type = type,
         .pcid = has_pcid ? pcid[(bits & OTHER_PCID) != 0] : 0,
-        .gva = has_gva ? tag.gva + (bits & OTHER_GVA ? PAGE_SIZE : 0) : 0,
+        .gva = has_gva ? tag.gva + (bits & OTHER_GVA ? PAGE_SIZE : 0) + inside : 0,
         .keep = bits & BIT_63,
         .changes_pge = bits & PGE,
     };
@@ -339,12 +338,22 @@ static void operation_note(const struct note *note) {
     trial_drop(&operation);
 }
 
-static void access_note(const char *kind, const struct note *note) {
-    event_begin(kind);
-    if (note->kind == NOTE_ENTRY)
-        event_hex("root", note->root);
+static void entry_note(const struct note *note) {
+    event_begin("entry");
+    event_hex("root", note->root);
     event_hex("gva", note->gva);
     event_hex("value", note->value);
+    event_end();
+}
+
+/* With the frame that the word stands in. None: it stands in no frame of the lab's. */
+static void look_note(const struct note *note) {
+    event_begin("look");
+    event_hex("gva", note->gva);
+    event_hex("value", note->value);
+    for (unsigned i = 0; i < FRAMES; i++)
+        if (lab.words[i] == note->value)
+            event_hex("frame_gpa", FRAMES_GPA + i * PAGE_SIZE);
     event_end();
 }
 
@@ -352,8 +361,8 @@ static void note_read(const struct note *note) {
     switch (note->kind) {
     case NOTE_STEP: step_note(note->detail); break;
     case NOTE_SPACE: space_note(note->detail, note->root); break;
-    case NOTE_ENTRY: access_note("entry", note); break;
-    case NOTE_LOOK: access_note("look", note); break;
+    case NOTE_ENTRY: entry_note(note); break;
+    case NOTE_LOOK: look_note(note); break;
     case NOTE_TRIAL: trial_note(note->detail); break;
     case NOTE_TRY: try_note(note->value); break;
     case NOTE_INVLPG:
@@ -395,7 +404,7 @@ static void probe_page(unsigned space, const char *what, gva_t page_gva) {
     event_hex("gva", gva);
     event_number("mapped", walk.end == WALK_MAPPED);
     event_hex("gpa", walk.gpa);
-    event_number("global", (leaf & PTE_GLOBAL) != 0);
+    event_hex("entry", leaf & ~(PTE_ACCESSED | PTE_DIRTY)); /* without what the CPU sets */
     if ((host_sregs()->cr3 & PTE_ADDRESS) == root)
         event_hex("kvm_gpa", host_translate(gva).physical_address);
     event_end();

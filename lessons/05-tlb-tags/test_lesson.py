@@ -11,13 +11,13 @@ import pytest
 
 from kvmlab.events import Event
 from kvmlab.expect import expect, fail, require
-from kvmlab.random import stream
 from kvmlab.runner import Run
 
 PAGE = 4096
 ADDRESS = 0x000FFFFFFFFFF000
-PRESENT, GLOBAL = 1 << 0, 1 << 8
+PRESENT, WRITABLE, ACCESSED, DIRTY, GLOBAL = 1 << 0, 1 << 1, 1 << 5, 1 << 6, 1 << 8
 PGE, PCIDE = 1 << 7, 1 << 17  # of CR4
+FREE = ACCESSED | DIRTY | GLOBAL  # of an entry: the CPU's own, and what other checks are about
 GLOBAL_TAG = -1  # in the place of a PCID: the entry serves all of them
 
 # enum stage of plan.h
@@ -38,17 +38,17 @@ def many(plan: Event, name: str) -> list[int]:
     return [value for member, value in plan.fields.items() if member.rpartition("_")[0] == name]
 
 
-def word(run: Run, gpa: int) -> int:
-    """The word that the host half has put at the start of a frame."""
-    return stream(run.seed ^ gpa, 2).next()
+def page_of(gva: int) -> int:
+    return gva & -PAGE
 
 
-def named(operation: Event) -> str:
-    """An operation in words: "INVPCID type 0, PCID 5, gva 0x1000"."""
+def named(operation: Event, gva: int | None = None) -> str:
+    """An operation in words: "INVPCID type 0, PCID 5, gva 0x1000". gva: to be named in place of its own."""
+    gva = operation.get("gva", 0) if gva is None else gva
     if operation.operation == "INVLPG":
-        return f"INVLPG {operation.gva:#x}"
+        return f"INVLPG {gva:#x}"
     if operation.operation == "INVPCID":
-        needed = {0: f", PCID {operation.pcid}, gva {operation.gva:#x}", 1: f", PCID {operation.pcid}"}
+        needed = {0: f", PCID {operation.pcid}, gva {gva:#x}", 1: f", PCID {operation.pcid}"}
         return f"INVPCID type {operation.type}" + needed.get(operation.type, "")
     if operation.operation == "MOV to CR3":
         return f"MOV to CR3 with PCID {operation.pcid}, bit 63 = {operation.keep}"
@@ -80,7 +80,7 @@ class Tlb:
     entries: dict[tuple[int, int], set[Held]] = field(default_factory=dict)  # gva and PCID
 
     def place(self, root: int, gva: int) -> tuple[int, int]:
-        return (0 if gva in self.shared else root), gva
+        return (0 if page_of(gva) in self.shared else root), page_of(gva)
 
     def write(self, entry: Event) -> None:
         self.tables[self.place(entry.root, entry.gva)] = entry
@@ -114,7 +114,7 @@ class Tlb:
         """The instruction is executed. What it must drop is gone; what the tables say may be back at once."""
         match operation.operation:
             case "INVLPG":
-                self.drop(lambda gva, pcid: gva == operation.gva and pcid in {self.pcid, GLOBAL_TAG})
+                self.drop(lambda gva, pcid: gva == page_of(operation.gva) and pcid in {self.pcid, GLOBAL_TAG})
             case "INVPCID":
                 self.invpcid(operation)
             case "MOV to CR3":
@@ -130,7 +130,7 @@ class Tlb:
     def invpcid(self, operation: Event) -> None:
         match operation.type:
             case 0:
-                self.drop(lambda gva, pcid: gva == operation.gva and pcid == operation.pcid)
+                self.drop(lambda gva, pcid: gva == page_of(operation.gva) and pcid == operation.pcid)
             case 1:
                 self.drop(lambda _, pcid: pcid == operation.pcid)
             case 2:
@@ -147,12 +147,20 @@ class Step:
     begin: Event
     current: int | None  # the space when it began
     had_pcid: bool  # the space that the step is about, before it
+    is_recycled: bool  # it gets the PCID of another one
     pcid: int | None  # what that space should have
+    lost: tuple[str, ...]  # to whom it has lost the PCID that it had before, in words
+    entries: list[Event] = field(default_factory=list)
     operations: list[Event] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return f"step {self.planned.step}, {self.planned.what}"
+
+    @property
+    def done(self) -> list[str]:
+        """Its operations in words, each with the first gva of the page that it means."""
+        return [named(operation, page_of(operation.get("gva", 0))) for operation in self.operations]
 
 
 @dataclass(frozen=True)
@@ -182,9 +190,11 @@ class Replay:
         self.trial: Event | None = None
         self.given = 0  # PCIDs that should have been given away so far
         self.pcids: dict[int, int] = {}
+        self.lost: dict[int, str] = {}  # of each space without a PCID: to whom it has lost it
         # The frame that each page should have, by number of the space (None: the kernel) and page.
         self.frames: dict[tuple[int | None, int], int] = {}
-        self.frames_at: dict[int, dict[tuple[int | None, int], int]] = {}  # at the end of a stage
+        # At the end of each stage: these frames, and the entries that were noted.
+        self.at_end: dict[int, tuple[dict[tuple[int | None, int], int], dict[tuple[int, int], Event]]] = {}
         for space, gpa in enumerate(many(self.plan, "first_gpa")):
             self.assign(space, gpa, len(many(self.plan, "page_gva")))
         for event in run.events:
@@ -203,6 +213,9 @@ class Replay:
     def current(self) -> int | None:
         return self.roots.get(self.tlb.root)
 
+    def root_of(self, space: int) -> int:
+        return next((root for root, number in self.roots.items() if number == space), 0)
+
     def find(self, about: str, what: str, *lines: str, near: Event) -> None:
         self.findings.append(Finding(about, self.stage, what, lines, near))
 
@@ -212,11 +225,14 @@ class Replay:
         self.roots[event.root] = event.space
 
     def on_step(self, event: Event) -> None:
+        self.step_end()
         planned = self.planned[event.step]
-        had_pcid = planned.space in self.pcids
+        had_pcid, lost = planned.space in self.pcids, self.lost.get(planned.space)
+        is_recycled = False
         if planned.what == "switch" and not had_pcid:
-            self.give_pcid(planned.space)
-        self.steps.append(Step(planned, event, self.current, had_pcid, self.pcids.get(planned.space)))
+            is_recycled = self.give_pcid(planned)
+        pcid = self.pcids.get(planned.space)
+        self.steps.append(Step(planned, event, self.current, had_pcid, is_recycled, pcid, (lost,) if lost else ()))
         match planned.what:
             case "remap":
                 self.assign(planned.space, planned.frame_gpa, 1, planned.page)
@@ -227,18 +243,46 @@ class Replay:
             case "kernel all":
                 self.assign(None, planned.frame_gpa, len(many(self.plan, "kernel_gva")))
 
-    def give_pcid(self, space: int) -> None:
-        """As pcid_assign() should: the next in turn."""
+    def give_pcid(self, planned: Event) -> bool:
+        """As pcid_assign() should: the next in turn. True: another space has lost it."""
         all_pcids = many(self.plan, "pcid")
         pcid = all_pcids[self.given % len(all_pcids)]
         self.given += 1
-        self.pcids = {other: had for other, had in self.pcids.items() if had != pcid} | {space: pcid}
+        owner = next((space for space, had in self.pcids.items() if had == pcid), None)
+        if owner is not None:
+            del self.pcids[owner]
+            self.lost[owner] = f"space {owner} has lost PCID {pcid} to space {planned.space} at step {planned.step}"
+        self.pcids[planned.space] = pcid
+        self.lost.pop(planned.space, None)
+        return owner is not None
+
+    def step_end(self) -> None:
+        """Has the step written the entry that it should, and noted it? Bit G is the affair of another check."""
+        step = self.steps[-1] if self.steps else None
+        if step is None or step.planned.what not in ("remap", "kernel page"):
+            return
+        is_kernel = step.planned.what == "kernel page"
+        root = 0 if is_kernel else self.root_of(step.planned.space)
+        gva = many(self.plan, "kernel_gva" if is_kernel else "page_gva")[step.planned.page]
+        value = step.planned.frame_gpa | PRESENT | WRITABLE | (GLOBAL if is_kernel else 0)
+        noted = [(self.tlb.place(entry.root, entry.gva), entry.value & ~FREE) for entry in step.entries]
+        if noted[-1:] != [((root, gva), value & ~FREE)]:
+            whose = "that all spaces share" if is_kernel else f"of space {step.planned.space}, at {root:#x}"
+            what = f"{step.name}: the entry of gva {gva:#x} in the tables {whose}"
+            seen = "nothing: an entry is changed with mmu_entry_write(), which notes it"
+            if step.entries:
+                entry = step.entries[-1]
+                seen = f"{entry.value:#x}, for gva {entry.gva:#x} in the tables at {entry.root:#x}"
+            lines = f"expected {value:#x}: frame and flags", f"seen     {seen}"
+            self.find("entry", what, *lines, near=step.entries[-1] if step.entries else step.begin)
 
     def on_stage(self, event: Event) -> None:
-        self.frames_at[event.stage] = dict(self.frames)
+        self.at_end[event.stage] = dict(self.frames), dict(self.tlb.tables)
 
     def on_entry(self, event: Event) -> None:
         self.tlb.write(event)
+        if self.steps:
+            self.steps[-1].entries.append(event)
 
     def on_operation(self, event: Event) -> None:
         self.tlb.obey(event)
@@ -263,11 +307,10 @@ class Replay:
         if old := self.tlb.old(event.gva):
             self.stale(event, old[0], now)
             return
-        gpa = self.frames.get(at, 0)
-        if event.value != word(self.run, gpa):
+        gpa, seen = self.frames.get(at, 0), event.get("frame_gpa", 0)
+        if seen != gpa:
             what = f"{self.steps[-1].name}: space {self.current} looks at gva {event.gva:#x}"
-            seen = next((hex(frame) for frame in self.frames.values() if word(self.run, frame) == event.value), "none")
-            lines = f"expected the word of frame {gpa:#x}", f"seen     {event.value:#x}: that of frame {seen}"
+            lines = f"expected frame {gpa:#x}", f"seen     {f'frame {seen:#x}' if seen else 'no frame of the lab'}"
             self.find("frame", what, *lines, near=event)
 
     def page_at(self, gva: int) -> tuple[int | None, int] | None:
@@ -284,7 +327,7 @@ class Replay:
         what = f"{self.steps[-1].name}: space {self.current} looks at gva {look.gva:#x}, with PCID {self.tlb.pcid}"
         gpa = now.value & ADDRESS
         shown, other = "right", "wrong"
-        if look.value != word(self.run, gpa):
+        if look.get("frame_gpa") != gpa:
             shown, other = other, shown
         lines = (
             f"expected frame {gpa:#x} and no other: the entry says so since event #{now.seq}",
@@ -295,23 +338,34 @@ class Replay:
         )
         self.find(self.cause(held, now), what, *lines, near=look)
 
+    def changer(self, now: Event) -> Step:
+        """The step that has written this entry."""
+        return [step for step in self.steps if step.begin.seq < now.seq][-1]
+
     def cause(self, held: Held, now: Event) -> str:
         if held.root and held.root != self.tlb.root:
             return "private" if held.entry.value & GLOBAL else "reuse"
-        step = [step for step in self.steps if step.begin.seq < now.seq][-1]
-        where = " here" if step.planned.space == step.current else " elsewhere"
-        return str(step.planned.what) + (where if step.planned.what == "remap" else "")
+        planned = self.changer(now).planned
+        where = " here" if planned.space == self.changer(now).current else " elsewhere"
+        return str(planned.what) + (where if planned.what == "remap" else "")
 
     def remedy(self, gva: int, held: Held, now: Event) -> str:
-        cause = self.cause(held, now)
+        pcid, owner, cause = self.tlb.pcid, self.roots.get(held.root), self.cause(held, now)
         if cause == "private":
-            return f"A global entry serves all PCIDs. This one is of space {self.roots.get(held.root)}'s own page"
+            return f"A global entry serves all PCIDs. This one is of space {owner}'s own page"
         if cause == "reuse":
-            owner = self.roots.get(held.root)
-            return f"PCID {self.tlb.pcid} was space {owner}'s before: its first load for another one must flush"
-        if held.entry.value & GLOBAL:
-            return f"INVLPG {gva:#x} drops it; so does INVPCID type 2, or a change of CR4.PGE"
-        return f"INVLPG {gva:#x} drops it while PCID {self.tlb.pcid} is current, and INVPCID type 0 or 1 with this PCID"
+            return f"PCID {pcid} was space {owner}'s before: its first load for another one must flush"
+        operations = self.changer(now).operations
+        if operations and operations[-1].seq < now.seq:
+            done = named(operations[-1])
+            return f"{done} was executed before the entry was written: the CPU may have fetched the old one again"
+        if cause == "kernel page":
+            return f"INVLPG {gva:#x} drops it; if its bit G is 1, whatever PCID is current"
+        if cause == "kernel all":
+            return "INVPCID type 2 drops it; so does a change of CR4.PGE"
+        if cause == "forget":
+            return f"INVPCID type 1 with PCID {pcid} drops it; so does a load of this PCID with bit 63 = 0"
+        return f"INVLPG {gva:#x} drops it while PCID {pcid} is current, and INVPCID type 0 with this PCID"
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +390,7 @@ def complete(run: Run, replay: Replay, stage: int) -> Event:
 def nothing_found(run: Run, replay: Replay, stage: int, *abouts: str) -> None:
     __tracebackhide__ = True
     for finding in replay.findings:
-        if finding.stage == stage and finding.about in (*abouts, "frame"):
+        if finding.stage == stage and finding.about in (*abouts, "entry", "frame"):
             fail(run, finding.what, *finding.lines, near=finding.near)
 
 
@@ -358,13 +412,20 @@ def tables_after(run: Run, replay: Replay, stage: int) -> list[Event]:
 
 
 def expect_frames(run: Run, replay: Replay, stage: int) -> None:
-    """Every page has the frame that the plan has given it last, by a walk and by KVM's own."""
+    """Every page has the entry that was noted last, and the frame that the plan has given it last, by a walk and
+    by KVM's own."""
     __tracebackhide__ = True
     gvas = {"page": many(replay.plan, "page_gva"), "kernel page": many(replay.plan, "kernel_gva")}
     probes = tables_after(run, replay, stage)
-    frames = replay.frames_at[stage]
+    frames, tables = replay.at_end[stage]
     for probe in probes:
         page_gva = probe.gva & ~(PAGE - 1)
+        if noted := tables.get(replay.tlb.place(replay.root_of(probe.space), page_gva)):
+            entry = noted.value & ~(ACCESSED | DIRTY)
+            if probe.entry != entry:
+                what = f"space {probe.space}: the entry of gva {page_gva:#x} in the tables"
+                seen = f"{probe.entry:#x}: it was changed, but not noted. Use mmu_entry_write()"
+                fail(run, what, f"expected {entry:#x}, as noted last", f"seen     {seen}", near=noted)
         at = None if probe.what == "kernel page" else probe.space, gvas[probe.what].index(page_gva)
         if at in frames:
             what = f"space {probe.space}: gva {probe.gva:#x} translates to gpa"
@@ -382,6 +443,19 @@ def test_pcids_and_global_pages_are_on(run: Run, replay: Replay) -> None:
         what = f"at the end of stage {end.stage} ({STAGES[end.stage]}), CR4."
         expect(run, what + "PCIDE", expected=1, seen=end.cr4 >> 17 & 1, near=end)
         expect(run, what + "PGE", expected=1, seen=end.cr4 >> 7 & 1, near=end)
+        noted = [load.cr4 for load in run.all("operation", operation="MOV to CR4") if load.seq < end.seq]
+        expect_noted(run, "CR4", noted, end)
+
+
+def expect_noted(run: Run, register: str, noted: list[int], end: Event) -> None:
+    """The register is at the end of the stage what was noted last."""
+    __tracebackhide__ = True
+    seen = end.fields[register.lower()]
+    if noted[-1:] != [seen]:
+        what = f"{register} at the end of stage {end.stage} ({STAGES[end.stage]}), as the VMM sees it"
+        expected = f"{noted[-1]:#x}, as noted last" if noted else "a value that was noted"
+        why = f"{register} was changed, but not noted. Use mmu_{register.lower()}_write()"
+        fail(run, what, f"expected {expected}", f"seen     {seen:#x}: {why}", near=end)
 
 
 def switches(run: Run, replay: Replay) -> Iterator[tuple[Step, Event]]:
@@ -396,27 +470,28 @@ def switches(run: Run, replay: Replay) -> Iterator[tuple[Step, Event]]:
 
 
 def test_cr3_holds_the_tables_and_the_pcid_of_the_space(run: Run, replay: Replay) -> None:
-    roots = {number: root for root, number in replay.roots.items()}
     for step, load in switches(run, replay):
-        what = f"{step.name} to space {step.planned.space}"
-        expect(run, f"{what}: the tables in CR3", expected=roots[step.planned.space], seen=load.root, near=load)
-        why = "it has it still" if step.had_pcid else "it has none now, so the next in turn"
+        what, root = f"{step.name} to space {step.planned.space}", replay.root_of(step.planned.space)
+        expect(run, f"{what}: the tables in CR3", expected=root, seen=load.root, near=load)
+        why = ", ".join(["it has none now", *step.lost, "so the next in turn"])
+        why = "it has it still" if step.had_pcid else why
         expect(run, f"{what}: its PCID ({why})", expected=f"{step.pcid}", seen=f"{load.pcid}", near=load)
     for end in run.all("stage"):
-        (*_, load) = (event for event in run.all("operation", operation="MOV to CR3") if event.seq < end.seq)
-        what = f"CR3 at the end of stage {end.stage} ({STAGES[end.stage]}), as the VMM sees it"
-        expect(run, what, expected=load.root | load.pcid, seen=end.cr3, near=end)
+        loads = [load for load in run.all("operation", operation="MOV to CR3") if load.seq < end.seq]
+        expect_noted(run, "CR3", [load.root | load.pcid for load in loads], end)
     expect_frames(run, replay, SWITCH)
 
 
 def test_recycled_pcid_is_flushed_when_it_is_loaded_first(run: Run, replay: Replay) -> None:
     for step, load in switches(run, replay):
-        if not step.had_pcid and load.keep:
+        if step.is_recycled and load.keep:
             what = f"{step.name} to space {step.planned.space}, which gets PCID {load.pcid}"
             seen = "1: what another space has left in the TLB with this PCID becomes its own"
-            fail(run, what, "expected bit 63 of CR3's new value to be 0", f"seen     {seen}", near=load)
-    for stage in STAGES:
-        nothing_found(run, replay, stage, "reuse")
+            expected = "expected bit 63 of CR3's new value to be 0"
+            fail(run, what, expected, f"seen     {seen}", *step.lost, near=load)
+    for finding in replay.findings:
+        if finding.about == "reuse":
+            fail(run, finding.what, *finding.lines, near=finding.near)
 
 
 def test_space_that_still_has_its_pcid_keeps_its_entries(run: Run, replay: Replay) -> None:
@@ -444,7 +519,7 @@ def test_change_of_one_page_drops_one_entry(run: Run, replay: Replay) -> None:
     complete(run, replay, REMAP)
     for step in steps_of(replay, "remap"):
         gva = many(replay.plan, "page_gva")[step.planned.page]
-        space, done = step.planned.space, [named(operation) for operation in step.operations]
+        space, done = step.planned.space, step.done
         by_pcid = f"INVPCID type 0, PCID {step.pcid}, gva {gva:#x}"
         if not step.had_pcid:
             if done:
@@ -460,7 +535,7 @@ def test_all_pages_of_a_space_are_dropped_at_once(run: Run, replay: Replay) -> N
     nothing_found(run, replay, FORGET, "forget")
     complete(run, replay, FORGET)
     for step in steps_of(replay, "forget"):
-        space, done = step.planned.space, [named(operation) for operation in step.operations]
+        space, done = step.planned.space, step.done
         by_pcid = f"INVPCID type 1, PCID {step.pcid}"
         reload = f"MOV to CR3 with PCID {step.pcid}, bit 63 = 0"
         if not step.had_pcid:
@@ -479,7 +554,7 @@ def test_kernel_pages_are_global_and_no_others(run: Run, replay: Replay) -> None
     for probe in tables_after(run, replay, KERNEL):
         is_kernel = probe.what == "kernel page"
         what = f"the {probe.what} at gva {probe.gva:#x} in the tables of space {probe.space}: bit G"
-        expect(run, what, expected=int(is_kernel), seen=probe.fields["global"], near=probe)
+        expect(run, what, expected=int(is_kernel), seen=probe.entry >> 8 & 1, near=probe)
 
 
 def test_kernel_page_is_dropped_for_all_spaces(run: Run, replay: Replay) -> None:
@@ -488,7 +563,7 @@ def test_kernel_page_is_dropped_for_all_spaces(run: Run, replay: Replay) -> None
     mapped: set[int] = set()
     for step in steps_of(replay, "kernel page"):
         gva = many(replay.plan, "kernel_gva")[step.planned.page]
-        done = [named(operation) for operation in step.operations]
+        done = step.done
         if done != [f"INVLPG {gva:#x}"] and (done or gva in mapped):
             fail_step(run, step, "a page of the kernel changes", f"INVLPG {gva:#x}")
         mapped.add(gva)
@@ -516,8 +591,8 @@ def test_no_look_can_find_an_old_frame_in_any_order(run: Run, replay: Replay) ->
 
 
 def dropped(now: Event) -> bool:
-    """Must this operation drop the entry with this tag? (CR4.PGE and CR4.PCIDE are 1.)"""
-    is_page = now.gva == now.tag_gva
+    """Must this operation drop the entry with this tag? (It was made while CR4.PGE and CR4.PCIDE were 1.)"""
+    is_page = page_of(now.gva) == now.tag_gva
     is_context = now.pcid == now.tag_pcid and not now.tag_is_global
     match now.operation, now.type:
         case "INVLPG", _:
