@@ -21,6 +21,15 @@ def frame_of(run: Run, gva: int, root: int, before: Event) -> int:
     return int([entry.value for entry in entries if entry.seq < before.seq][-1]) & ~0xFFF
 
 
+def lost(run: Run, pcid: int) -> str:
+    """Which space loses this PCID first, in the words of the check."""
+    spaces = {space.root: space.space for space in run.all("space")}
+    loads = run.all("operation", operation="MOV to CR3", pcid=pcid)
+    other = next(load for load in loads if load.root != loads[0].root)
+    step = [step.step for step in run.all("step") if step.seq < other.seq][-1]
+    return f"space {spaces[loads[0].root]} has lost PCID {pcid} to space {spaces[other.root]} at step {step}"
+
+
 def quotes(run: Run) -> list[str]:
     plan, console = run.all("plan")[0], run.output.splitlines()
     trials = console[console.index("trials: a page gets another frame, and then") :]
@@ -32,6 +41,7 @@ def quotes(run: Run) -> list[str]:
     frames = [frame_of(run, plan.page_gva_0, roots[space], steps[77]) for space in (2, 3)]
     kernel_frame = frame_of(run, plan.kernel_gva_0, 0, steps[77])
     invlpg, invpcid = executed(run, "INVLPG"), executed(run, "INVPCID")
+    single = len(run.all("operation", operation="INVPCID", type=0))
     loads = executed(run, "MOV to CR3", "MOV to CR4")
     return [
         f"{trials[0]} {trials[1]} {trials[3]} {trials[-2]} {trials[-1]}",
@@ -41,7 +51,7 @@ def quotes(run: Run) -> list[str]:
         shortened(entry, "root", "gva", "value"),
         shortened(operation, "operation", "type", "pcid", "gva"),
         shortened(switch, "operation", "root", "pcid", "keep"),
-        *(shortened(look, "gva", "value") for look in looks),
+        *(shortened(look, "gva", "frame_gpa") for look in looks),
         f"Where has PCID {operation.pcid} gone since",
         f"1 {plan.pcid_0} 0 {plan.page_gva_0:#x} space 2 frame {frames[0]:#x}",
         f"1 {plan.pcid_1} 0 {plan.page_gva_0:#x} space 3 frame {frames[1]:#x}",
@@ -49,6 +59,8 @@ def quotes(run: Run) -> list[str]:
         f"An access with PCID {plan.pcid_0} in CR3",
         f"It executes INVLPG {invlpg} times and INVPCID {invpcid} times, and loads CR3 or CR4 {loads} times",
         f"{invlpg} for INVLPG, {invpcid} for INVPCID.",
+        f"{invlpg} times INVLPG and {single} times INVPCID type 0",
+        f"`{lost(run, plan.pcid_0)}`",
         f"`tlb_flush` is {run.all('statistics', when='end')[0].tlb_flush} with EPT",
         f"seen frame {plan.first_gpa_2:#x} is permitted, too",
     ]
