@@ -1750,7 +1750,7 @@ static void inject_record(const char *type, uint64_t vector, const uint32_t *err
 
 /* KVM_SET_VCPU_EVENTS sets all there is: what was not there before has been injected. */
 static void inject_record_new(const struct kvm_vcpu_events *new) {
-    struct kvm_vcpu_events old;
+    struct kvm_vcpu_events old = {0};
     KVM_STRUCT(machine.vcpu, KVM_GET_VCPU_EVENTS, &old);
     machine.is_exception_set = true;
     bool had_exception = old.exception.injected || old.exception.pending;
