@@ -87,7 +87,8 @@ def run(
     """Run the image to its end, with everything captured; on this machine's KVM if no engine is named."""
     engine = engine or Kvm()
     trace = trace or engine.trace
-    job = _job(built, [*options, f"--time-limit={time_limit}"], seed, stdin=stdin, time_limit=time_limit, trace=trace)
+    options = [*options, f"--time-limit={time_limit}"]
+    job = _job(built, engine, options, seed, stdin=stdin, time_limit=time_limit, trace=trace)
     outcome = engine.run(job)
     return _run(outcome, seed, engine, _events(outcome))
 
@@ -95,7 +96,7 @@ def run(
 def run_on_terminal(built: Built, *, seed: int, events: Path, trace: bool = False, engine: Engine) -> Run:
     """Run the image with the user's own terminal as its console, and leave the events in this file."""
     options = ["--summary", f"--time-limit={TIME_LIMIT}"]
-    outcome = engine.run(_job(built, options, seed, watched=True, trace=trace or engine.trace))
+    outcome = engine.run(_job(built, engine, options, seed, watched=True, trace=trace or engine.trace))
     run = _run(outcome, seed, engine, _events(outcome, events))
     sys.stdout.flush()
     sys.stderr.write(run.errors + crash_location(built, run.errors))
@@ -103,10 +104,12 @@ def run_on_terminal(built: Built, *, seed: int, events: Path, trace: bool = Fals
     return run
 
 
-def _job(built: Built, options: Sequence[str], seed: int, **how: Any) -> Job:
+def _job(built: Built, engine: Engine, options: Sequence[str], seed: int, **how: Any) -> Job:
     command = ["./vmm", f"--seed={seed}", f"--events={EVENTS}"]
-    # `make cover` wants what the guest sends of its counters (guest/coverage.c).
-    if streams := os.environ.get("KVMLAB_GUEST_COVERAGE"):
+    # `make cover` wants what the guest sends of its counters (guest/coverage.c). The emulated machines do
+    # not have this folder.
+    streams = os.environ.get("KVMLAB_GUEST_COVERAGE")
+    if streams and engine.name == Kvm.name:
         command.append(f"--debugcon={streams}/{uuid.uuid4()}")
     return Job([*command, *options, "image.elf"], {"vmm": built.vmm, "image.elf": built.image}, [EVENTS], **how)
 
