@@ -258,23 +258,25 @@ def test_shadow_permits_no_more_than_the_inner_tables(lab: Lab) -> None:
                 expect(lab.run, f"{what}; the inner tables do not permit it", expected=False, seen=True, near=probe)
 
 
-def test_inner_faults_are_reflected(lab: Lab) -> None:
+def inner_faults(lab: Lab) -> Iterator[tuple[str, int, Event]]:
+    """Where the inner machine must fault: in words, the operation, and what the program has seen."""
+    __tracebackhide__ = True
     for policy in begun(lab, *POLICIES):
         for op in lab.scene("fault"):
             if lab.expected[op][1]:
-                seen = result(lab, policy, op)
-                what = f"{lab.says(policy, op)}: CR2 of the page fault that it sees"
-                cr2 = seen.cr2 if seen.error else None
-                expect(lab.run, what, expected=lab.ops[op].gva, seen=cr2, near=seen)
+                yield lab.says(policy, op), op, result(lab, policy, op)
+
+
+def test_inner_faults_are_reflected(lab: Lab) -> None:
+    for where, op, seen in inner_faults(lab):
+        what = f"{where}: CR2 of the page fault that it sees"
+        expect(lab.run, what, expected=lab.ops[op].gva, seen=seen.cr2 if seen.error else None, near=seen)
 
 
 def test_reflected_error_codes_tell_of_the_inner_tables(lab: Lab) -> None:
-    for policy in begun(lab, *POLICIES):
-        for op in lab.scene("fault"):
-            if lab.expected[op][1]:
-                seen = result(lab, policy, op)
-                what = f"{lab.says(policy, op)}: error code (1 present, 2 write, 4 user, 8 reserved, 16 fetch)"
-                expect(lab.run, what, expected=hex(lab.expected[op][1]), seen=hex(seen.error), near=seen)
+    for where, op, seen in inner_faults(lab):
+        what = f"{where}: error code (1 present, 2 write, 4 user, 8 reserved, 16 fetch)"
+        expect(lab.run, what, expected=hex(lab.expected[op][1]), seen=hex(seen.error), near=seen)
 
 
 def test_shadow_misses_are_hidden_from_the_inner_program(lab: Lab) -> None:

@@ -56,8 +56,7 @@ def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     if engine.trace:
         print(trace.summary(run.events))
     print(judge.report(lesson, verdicts))
-    end = run.one("end")
-    status = 0 if end and end.how == lesson.ends else run.status
+    status = runner.status_of(run, lesson)
     if any(not verdict.passed for verdict in verdicts):
         print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
         return status or 1

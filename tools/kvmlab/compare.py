@@ -66,8 +66,7 @@ def _run(lesson: Lesson, build: Path, machine: Machine, engine: engines.Engine, 
     run = runner.run(built, machine.options, seed=seed, trace=engine.name != "kvm", engine=engine)
     if run.lacking:
         raise Unable(engine.name, run.lacking)
-    end = run.one("end")
-    if run.status and not (end and end.how == lesson.ends):
+    if runner.status_of(run, lesson):
         raise UnfinishedError(run, engine.name)
     return run
 

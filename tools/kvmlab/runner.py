@@ -13,6 +13,7 @@ from typing import Any
 from kvmlab import events as record
 from kvmlab.engine import Engine, Kvm
 from kvmlab.events import Event
+from kvmlab.lesson import Lesson
 from kvmlab.machine import TIME_LIMIT, Job, Outcome
 from kvmlab.trace import merge
 
@@ -66,6 +67,12 @@ class Built:
 
     vmm: Path
     image: Path
+
+
+def status_of(run: Run, lesson: Lesson) -> int:
+    """The VMM's status; but 0 where the run ended in the crash that the lesson is about."""
+    end = run.one("end")
+    return 0 if end and end.how == lesson.ends else run.status
 
 
 def lesson_built(build: Path, name: str) -> Built:
