@@ -3,10 +3,6 @@
 from kvmlab.runner import Run
 
 
-def count(run: Run, **fields: object) -> int:
-    return len(run.all("exit", **fields))
-
-
 def quotes(run: Run) -> list[str]:
     first = run.output.splitlines(keepends=True)[0]
     nonce, answer = (run.all("exit", reason="MMIO", is_write=is_write)[0] for is_write in (0, 1))
@@ -21,8 +17,8 @@ def quotes(run: Run) -> list[str]:
         f'"exit":{run.end.exits},"reason":"HLT","if_flag":0',
         f"There are still {run.end.exits} exits",
         f"The nonce is the number {int.from_bytes(bytes.fromhex(nonce.data), 'little'):#x}",
-        f"has {count(run, reason='IO')} exits of kind IO",
-        f"counts {count(run, device='lab fifo')} of them",
+        f"has {run.count('exit', reason='IO')} exits of kind IO",
+        f"counts {run.count('exit', device='lab fifo')} of them",
         f"expected {sent}",
         f"seen {sent[: len('00 00')]} ```",
     ]

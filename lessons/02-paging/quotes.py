@@ -3,16 +3,12 @@
 from kvmlab.runner import Run
 
 
-def count(run: Run, **fields: object) -> int:
-    return len(run.all("exit", **fields))
-
-
 def quotes(run: Run) -> list[str]:
     faults = len(run.all("report", what=4))
     small = run.all("probe", checkpoint=1)[0]
     shared = [run.one("probe", checkpoint=checkpoint) for checkpoint in (9, 10)]
     console = run.output.splitlines()
-    exits = run.end.exits - count(run, device="debugcon")  # which `make cover` has the counters leave by
+    exits = run.end.exits - run.count("exit", device="debugcon")  # which `make cover` has the counters leave by
     return [
         f"`{console[-1]}`",
         f"`{console[2]}`",
@@ -24,8 +20,9 @@ def quotes(run: Run) -> list[str]:
         f'"gva":"{small.gva:#x}","kvm_gpa":"{small.gpa:#x}","accessed":1,"dirty":0',
         f"counts {faults} page faults",
         f"has taken {faults} page faults",
-        f"`{exits} IO` and no other kind: {count(run, device='com1')} for the console, "
-        f"{count(run, device='lab report')} for reports, {count(run, device='lab checkpoint')} checkpoints",
+        f"`{exits} IO` and no other kind: {run.count('exit', device='com1')} for the console, "
+        f"{run.count('exit', device='lab report')} for reports, "
+        f"{run.count('exit', device='lab checkpoint')} checkpoints",
     ]
 
 

@@ -20,12 +20,12 @@ COUNTERS = ("pf_taken", "pf_guest", "pf_fixed", "pf_emulate", "mmu_pte_write", "
 
 
 def exits(run: Run, reasons: Sequence[str]) -> int:
-    return sum(len(run.all("trace", point="kvm_exit", reason=reason)) for reason in reasons)
+    return sum(run.count("trace", point="kvm_exit", reason=reason) for reason in reasons)
 
 
 def table(runs: Sequence[Run]) -> Iterable[Sequence[object]]:
     yield "", *(f"{run.engine} {run.kvm_params}".strip() for run in runs)
-    yield "exits, by KVM's tracepoint", *(len(run.all("trace", point="kvm_exit")) for run in runs)
+    yield "exits, by KVM's tracepoint", *(run.count("trace", point="kvm_exit") for run in runs)
     for name, reasons in REASONS.items():
         yield f"  {name}", *(exits(run, reasons) for run in runs)
     for name in COUNTERS:

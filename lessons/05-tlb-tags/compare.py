@@ -22,11 +22,11 @@ def counter(run: Run, name: str) -> int | str:
 
 
 def exits(run: Run, reason: str) -> int:
-    return len(run.all("trace", point="kvm_exit", reason=reason))
+    return run.count("trace", point="kvm_exit", reason=reason)
 
 
 def executed(run: Run, operation: str) -> int:
-    return len(run.all("operation", operation=operation))
+    return run.count("operation", operation=operation)
 
 
 ROWS: list[tuple[str, Callable[[Run], object]]] = [

@@ -3,15 +3,11 @@
 from kvmlab.runner import Run
 
 
-def count(run: Run, **fields: object) -> int:
-    return len(run.all("exit", **fields))
-
-
 def quotes(run: Run) -> list[str]:
     console = run.output.splitlines()
     base, interrupts = run.all("plan")[0].base, len(run.all("inject"))
-    halts, windows = (count(run, reason=reason) for reason in ("HLT", "IRQ_WINDOW_OPEN"))
-    exits = run.end.exits - count(run, device="debugcon")  # which `make cover` has the counters leave by
+    halts, windows = (run.count("exit", reason=reason) for reason in ("HLT", "IRQ_WINDOW_OPEN"))
+    exits = run.end.exits - run.count("exit", device="debugcon")  # which `make cover` has the counters leave by
     off, masked = (run.all("round", of=kind)[0].seq for kind in ("off", "masked"))
     risen = [event for event in run.all("rise") if event.seq > off]
     injected = [event for event in run.all("inject") if event.seq > off]

@@ -43,6 +43,9 @@ class Run:
             if event.kind == kind and all(event.get(name) == value for name, value in fields.items())
         ]
 
+    def count(self, kind: str, /, **fields: object) -> int:
+        return len(self.all(kind, **fields))
+
     def one(self, kind: str, /, **fields: object) -> Event | None:
         """The first of them, or None."""
         return next(iter(self.all(kind, **fields)), None)
