@@ -32,6 +32,20 @@
  *             number of the exit that will end it; of the last exit if_flag, ready; window: an interrupt
  *             window is requested; what the guest takes with it: the vectors exception, interrupt (absent
  *             if there is none), and nmi_injected, nmi_pending, nmi_masked as KVM_GET_VCPU_EVENTS has them
+ *   virtio_status
+ *             the driver has written the status register. device: its name; status: as it reads from now on
+ *   virtio_queue
+ *             a queue is ready: device, queue (its number), size, descriptor_gpa, driver_gpa, device_gpa
+ *   virtio_notify
+ *             the driver notifies: device, queue, by ("exit", "ioeventfd")
+ *   virtio_chain
+ *             the VMM's own virtio device has used a chain: device, queue, head, readable and writable (bytes
+ *             that it has), written (bytes that the device says it has written)
+ *   virtio_interrupt
+ *             a virtio device interrupts: device, cause ("used", "config")
+ *   virtio_misuse
+ *             the driver has done what it must not: device, queue (absent if it is about none), what (in a
+ *             line), is_broken: the device needs a reset now
  *   unknown   an access that no device claims: space ("port" or "gpa"), address, is_write, size
  *   panic     the guest gave up: reason ("exception", "message", "todo", "cannot", "?" if there is no
  *             panic where it says), message, location; of an exception vector, error_code, cr2, rip, symbol

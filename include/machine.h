@@ -27,6 +27,8 @@ enum machine_irqchip {
 
 enum machine_device {
     MACHINE_DEVICE_COM1 = 1 << 0, /* 16550 UART at 0x3f8, no interrupt */
+    /* The VMM's virtio console (virtio_device.h says where). It takes standard input: COM1 gets none. */
+    MACHINE_DEVICE_VIRTIO_CONSOLE = 1 << 1,
 };
 
 enum machine_unknown_io {

@@ -1,8 +1,9 @@
 /*
- * What vmm.c, image.c and statistics.c need of each other. Lessons use include/host.h.
+ * What the files of the VMM need of each other. Lessons use include/host.h and include/virtio_device.h.
  */
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "host.h"
@@ -31,6 +32,12 @@ __attribute__((format(printf, 2, 3))) _Noreturn void die(enum status status, con
 /* The one way from a gpa to a pointer: NULL unless all of [gpa, gpa + size) is RAM. */
 __attribute__((warn_unused_result)) void *memory_at(gpa_t gpa, uint64_t size);
 uint64_t memory_size(void); /* bytes, from gpa 0 */
+
+/* What the guest sends to its console, to standard output. It is there when this returns. */
+void console_write(const void *bytes, size_t size);
+
+/* One word more on the guest's command line; before the run. */
+void command_line_add(const char *word);
 
 /* What the boot data structures take, from BOOT_DATA_GPA; no segment of an image may lie there. */
 #define BOOT_DATA_GPA UINT64_C(0x6000)
@@ -66,3 +73,51 @@ struct symbol_text symbol_or_address(gva_t gva);
 /* Add the counters that KVM keeps of this VM or vCPU to the event that is open, by KVM's names for
  * them: KVM_GET_STATS_FD. Nothing if this KVM has none. */
 void statistics_add(int vm_or_vcpu);
+
+/* ---- io.c: what happens beside the vCPU ---- */
+
+/*
+ * Input, and notifications by ioeventfd, come while the vCPU's thread sleeps in KVM_RUN: a second thread waits
+ * for them. It exists from the first io_watch() on. All code of the VMM and of host halves runs under one
+ * lock, which the vCPU's thread gives away only while it is in KVM_RUN or waits for the end of a halt.
+ */
+void io_lock(void);
+void io_unlock(void);
+
+/* Call ready(context) whenever this file descriptor can be read. It may be called once more although there is
+ * nothing to read any more. A new source is enabled; one that is not enabled is not looked at. */
+struct io_source;
+struct io_source *io_watch(int fd, void (*ready)(void *context), void *context);
+void io_enable(struct io_source *source, bool enabled);
+
+/* The guest's 32-bit write of this value to this gpa calls ready(context), and does not exit:
+ * KVM_IOEVENTFD. */
+void io_doorbell(gpa_t gpa, uint32_t value, void (*ready)(void *context), void *context);
+
+/* The vCPU has halted, and only what comes from outside can go on: serve what is there already. False: nothing will
+ * come any more. */
+bool io_serve(void);
+
+/* ---- pic.c: interrupt lines ---- */
+
+/*
+ * The lines 0 to 15 of a PC's interrupt controllers. Where KVM has no such controllers (irqchip none and
+ * split), there is a pair of 8259As here; where it has, the line is an irqfd. A line is the business of one
+ * device, which creates it once.
+ */
+void line_create(unsigned line);
+void line_set(unsigned line, bool is_high);
+
+/* Before each entry: inject what the 8259As have for the CPU, or ask for an interrupt window. Nothing, where
+ * they are KVM's. */
+void pic_before_entry(void);
+
+/* ---- virtio_console.c ---- */
+
+/* A console on standard input and output: VIRTIO 1.2, "Console Device". */
+void virtio_console_create(void);
+
+/* For its tests: bytes that come in, of which it takes as many as the driver has room for; and another size
+ * of the terminal. */
+size_t virtio_console_receive(const void *bytes, size_t size);
+void virtio_console_resize(uint16_t columns, uint16_t rows);
