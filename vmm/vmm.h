@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "host.h"
+#include "virtio_device.h"
 
 #define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
 #define MIB (UINT64_C(1) << 20)
@@ -36,8 +37,15 @@ uint64_t memory_size(void); /* bytes, from gpa 0 */
 /* What the guest sends to its console, to standard output. It is there when this returns. */
 void console_write(const void *bytes, size_t size);
 
+/* --virtio-notify: do notifications of virtio devices come by ioeventfd, or by an exit? */
+bool notifications_use_ioeventfd(void);
+
 /* One word more on the guest's command line; before the run. */
 void command_line_add(const char *word);
+
+/* There is something for the vCPU to do before it goes on: have it leave KVM_RUN, or the wait for the end of a
+ * halt, if it is there. */
+void vcpu_kick(void);
 
 /* What the boot data structures take, from BOOT_DATA_GPA; no segment of an image may lie there. */
 #define BOOT_DATA_GPA UINT64_C(0x6000)
@@ -85,17 +93,18 @@ void io_lock(void);
 void io_unlock(void);
 
 /* Call ready(context) whenever this file descriptor can be read. It may be called once more although there is
- * nothing to read any more. A new source is enabled; one that is not enabled is not looked at. */
+ * nothing to read any more. is_input: what comes here comes from outside, also while the guest sleeps. A new
+ * source is enabled; one that is not enabled is not looked at. */
 struct io_source;
-struct io_source *io_watch(int fd, void (*ready)(void *context), void *context);
+struct io_source *io_watch(int fd, bool is_input, void (*ready)(void *context), void *context);
 void io_enable(struct io_source *source, bool enabled);
 
 /* The guest's 32-bit write of this value to this gpa calls ready(context), and does not exit:
  * KVM_IOEVENTFD. */
 void io_doorbell(gpa_t gpa, uint32_t value, void (*ready)(void *context), void *context);
 
-/* The vCPU has halted, and only what comes from outside can go on: serve what is there already. False: nothing will
- * come any more. */
+/* The vCPU has halted, until something interrupts it: serve what is there already. False: and nothing more will
+ * come. */
 bool io_serve(void);
 
 /* ---- pic.c: interrupt lines ---- */
@@ -112,7 +121,41 @@ void line_set(unsigned line, bool is_high);
  * they are KVM's. */
 void pic_before_entry(void);
 
+/* ---- virtqueue.c: the device's side of a split virtqueue ---- */
+
+/* The buffers of one chain, all of them in guest memory: first those to read, then those to write. */
+struct chain {
+    uint16_t head;
+    unsigned count, readable_count;
+    struct buffer {
+        uint8_t *hva;
+        uint32_t size; /* bytes; not 0 */
+    } buffer[VIRTQUEUE_SIZE_MAX];
+    uint32_t readable, writable; /* bytes of both kinds */
+};
+
+/* The next chain that the driver has made available. False: there is none, or it is not as the driver must make it, and
+ * then the device is broken. */
+__attribute__((warn_unused_result)) bool virtqueue_take(struct virtio_device *device,
+                                                        unsigned queue, struct chain *chain);
+
+/* Give a chain back: the device has written this many bytes, from its first writable one on. */
+void virtqueue_put(struct virtio_device *device, unsigned queue, const struct chain *chain,
+                   uint32_t written);
+
+/* Since used_before (next_used then) chains have been given back: interrupt, if the driver wants that. */
+void virtqueue_interrupt(struct virtio_device *device, unsigned queue, uint16_t used_before);
+
+/* As long as the device looks at the queue, no notification is needed. When it stops looking, it asks for one, and
+ * must look once more if the answer is true: something has come in between. */
+void virtqueue_notify_not(struct virtio_device *device, unsigned queue);
+__attribute__((warn_unused_result)) bool virtqueue_notify_me(struct virtio_device *device,
+                                                             unsigned queue);
+
 /* ---- virtio_console.c ---- */
+
+/* The terminal as it was found; safe in a signal handler. */
+void terminal_restore(void);
 
 /* A console on standard input and output: VIRTIO 1.2, "Console Device". */
 void virtio_console_create(void);
