@@ -67,7 +67,7 @@ setup-%:
 WARNINGS = -Wall -Wextra -Werror -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
 VMM_CFLAGS = -std=gnu11 -O2 -g -fno-pie -D_GNU_SOURCE $(WARNINGS) -Iinclude
 # The same binary runs here and in an emulated machine, where there is no other file than it.
-VMM_LDFLAGS = -static
+VMM_LDFLAGS = -static -pthread
 # No SSE or x87 in the guest (nobody saves their registers in a trap), no red zone (a trap would
 # overwrite it), frame pointers for the VMM's backtraces.
 GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -Iguest -ffreestanding -fno-pic -fno-pie \
@@ -78,7 +78,7 @@ GUEST_LDFLAGS = -nostdlib -static -no-pie -Wl,-z,noexecstack,-z,max-page-size=40
 
 ifdef SANITIZE
 VMM_CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all
-VMM_LDFLAGS = -no-pie
+VMM_LDFLAGS = -no-pie -pthread
 endif
 ifdef COVERAGE
 VMM_CFLAGS += --coverage -fprofile-abs-path
@@ -104,7 +104,7 @@ $(BUILD)/guest/%.o: guest/%.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_COVERAGE) -c $< -o $@
 
-VMM_OBJECTS = $(patsubst %,$(BUILD)/vmm/%.o,vmm image statistics)
+VMM_OBJECTS = $(patsubst %,$(BUILD)/vmm/%.o,vmm image statistics io pic virtio_mmio virtqueue virtio_console)
 
 $(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile
 	@mkdir -p $(@D)

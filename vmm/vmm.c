@@ -1,6 +1,7 @@
 /*
- * kvmlab's virtual machine monitor: one guest, one vCPU, one file. (Files of images are read by
- * image.c, which knows nothing of KVM, and KVM's counters by statistics.c.)
+ * kvmlab's virtual machine monitor: one guest, one vCPU, one file. Beside it stand what can be read alone:
+ * files of images (image.c), KVM's counters (statistics.c), interrupt lines (pic.c), a thread for input
+ * (io.c), and the virtio console in three layers (virtio_mmio.c, virtqueue.c, virtio_console.c).
  *
  * How to read it. main(), at the end, is the table of contents: each line is one stage in the life
  * of a virtual machine. The sections stand in the order in which a machine comes to life, and each
@@ -39,6 +40,7 @@
 #include <linux/kvm.h>
 #include <linux/serial_reg.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -196,9 +198,10 @@ static void events_close(enum status status, const char *how) {
 /* ---------------------------------------------------------------------------------------------- */
 /* Options */
 
-/* By enum machine_irqchip and enum machine_unknown_io. */
+/* By enum machine_irqchip and enum machine_unknown_io, and how virtio drivers notify. */
 static const char *const irqchip_names[] = {"none", "split", "kernel"};
 static const char *const unknown_io_names[] = {"fatal", "ignore"};
+static const char *const notify_names[] = {"exit", "ioeventfd"};
 
 #define NOT_GIVEN UINT32_MAX
 #define NEVER UINT64_MAX
@@ -209,6 +212,7 @@ static struct {
     uint64_t step_after; /* an exit */
     double time_limit;   /* seconds; 0: none */
     bool summary;
+    bool ioeventfd;
     int argc;
     char **argv;
     struct machine_note machine; /* NOT_GIVEN where the image's note decides */
@@ -231,6 +235,8 @@ static const char help_text[] =
     "                               where the interrupt controller lives (without a note: none)\n"
     "  -u, --unknown-io=fatal|ignore\n"
     "                               an access that no device answers (without a note: fatal)\n"
+    "  -n, --virtio-notify=exit|ioeventfd\n"
+    "                               how a virtio driver's notification arrives (default: exit)\n"
     "  -s, --seed=NUMBER            put seed=NUMBER on the guest's command line (default: 0)\n"
     "  -a, --append=TEXT            add TEXT to the guest's command line\n"
     "  -t, --time-limit=SECONDS     end a run that takes longer; 0 is no limit (default: 10)\n"
@@ -251,6 +257,7 @@ static const struct option long_options[] = {
     {"memory", required_argument, NULL, 'm'},
     {"irqchip", required_argument, NULL, 'i'},
     {"unknown-io", required_argument, NULL, 'u'},
+    {"virtio-notify", required_argument, NULL, 'n'},
     {"seed", required_argument, NULL, 's'},
     {"append", required_argument, NULL, 'a'},
     {"time-limit", required_argument, NULL, 't'},
@@ -303,6 +310,10 @@ static void option_take(int option, const char *value) {
         options.machine.unknown_io =
             option_choice("unknown-io", value, unknown_io_names, LENGTH(unknown_io_names));
         break;
+    case 'n':
+        options.ioeventfd =
+            option_choice("virtio-notify", value, notify_names, LENGTH(notify_names));
+        break;
     case 's': options.seed = option_number("seed", value, 0, UINT64_MAX); break;
     case 'a': options.append = value; break;
     case 't': options.time_limit = option_seconds("time-limit", value); break;
@@ -318,7 +329,7 @@ static void option_take(int option, const char *value) {
 
 static void options_parse(int argc, char **argv) {
     int option;
-    while ((option = getopt_long(argc, argv, "m:i:u:s:a:t:e:d:Sk:x:h", long_options, NULL)) != -1)
+    while ((option = getopt_long(argc, argv, "m:i:u:n:s:a:t:e:d:Sk:x:h", long_options, NULL)) != -1)
         option_take(option, optarg);
     if (optind == argc)
         die(STATUS_USAGE, "which image? usage: vmm [OPTION]... IMAGE; `vmm --help` explains");
@@ -328,6 +339,8 @@ static void options_parse(int argc, char **argv) {
     options.argc = argc;
     options.argv = argv;
 }
+
+bool notifications_use_ioeventfd(void) { return options.ioeventfd; }
 
 /* ---------------------------------------------------------------------------------------------- */
 /* Memory */
@@ -477,9 +490,19 @@ static struct kvm_sregs *vcpu_sregs(void) { return &machine.run->s.regs.sregs; }
 
 #define COMMAND_LINE_MAX 2048
 
+/* What devices have to say on it, each word after a blank. */
+static char command_line_devices[256];
+
+void command_line_add(const char *word) {
+    size_t length = strlen(command_line_devices);
+    assert(length + 1 + strlen(word) < sizeof command_line_devices);
+    snprintf(command_line_devices + length, sizeof command_line_devices - length, " %s", word);
+}
+
 static void boot_command_line(char text[COMMAND_LINE_MAX]) {
-    int length = snprintf(text, COMMAND_LINE_MAX, "seed=%" PRIu64 "%s%s", options.seed,
-                          options.append ? " " : "", options.append ? options.append : "");
+    int length = snprintf(text, COMMAND_LINE_MAX, "seed=%" PRIu64 "%s%s%s", options.seed,
+                          command_line_devices, options.append ? " " : "",
+                          options.append ? options.append : "");
     if (length >= COMMAND_LINE_MAX)
         die(STATUS_USAGE, "--append: the guest's command line would have %d bytes; %d fit", length,
             COMMAND_LINE_MAX - 1);
@@ -1298,6 +1321,10 @@ static void console_check(bool has_failed) {
         die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
 }
 
+void console_write(const void *bytes, size_t size) {
+    console_check(fwrite(bytes, 1, size, stdout) != size || fflush(stdout));
+}
+
 static bool com1_has_input(void) {
     struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
     console_check(fflush(stdout)); /* a guest that looks for input has prompted for it */
@@ -1384,6 +1411,10 @@ static void debugcon_access(struct access *access) {
 static void devices_create(void) {
     if (machine.note.devices & MACHINE_DEVICE_COM1)
         bus_claim(BUS_PIO, COM1, 8, "com1", com1_access);
+    if (machine.note.devices & MACHINE_DEVICE_VIRTIO_CONSOLE) {
+        com1.input_at_end = true;
+        virtio_console_create();
+    }
     bus_claim(BUS_PIO, PORT_EXIT, 4, "exit", exit_port_access);
     bus_claim(BUS_PIO, PORT_PANIC, 4, "panic", panic_port_access);
     bus_claim(BUS_PIO, PORT_DEBUGCON, 1, "debugcon", debugcon_access);
@@ -1531,6 +1562,7 @@ static volatile sig_atomic_t stop_signal;
 /* From a signal handler: nothing can be trusted any more, but what was printed and recorded so far is
  * worth the risk. */
 static _Noreturn void leave_at_once(enum status status, const char *message) {
+    terminal_restore();
     struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
     if (poll(&output, 1, 0) == 1) /* a pipe that nobody reads would keep us here */
         fflush_unlocked(stdout);
@@ -1550,6 +1582,37 @@ static void on_stop_signal(int number) {
                       "reads the console\n");
     stop_signal = number;
     machine.run->immediate_exit = 1;
+}
+
+/* The thread of the vCPU, and whether it has given the lock away, to sleep in KVM_RUN or in a halt. */
+static struct {
+    pthread_t id;
+    bool is_asleep;
+    volatile sig_atomic_t is_kicked;
+} vcpu_thread;
+
+static void on_kick(int number) {
+    (void)number;
+    vcpu_thread.is_kicked = true;
+    machine.run->immediate_exit = 1;
+}
+
+void vcpu_kick(void) {
+    if (vcpu_thread.is_asleep)
+        pthread_kill(vcpu_thread.id, SIGUSR1);
+}
+
+static void vcpu_fall_asleep(void) {
+    vcpu_thread.is_asleep = true;
+    io_unlock();
+}
+
+static void vcpu_wake_up(void) {
+    io_lock();
+    vcpu_thread.is_asleep = false;
+    if (vcpu_thread.is_kicked && !stop_signal)
+        machine.run->immediate_exit = 0;
+    vcpu_thread.is_kicked = false;
 }
 
 extern char etext[]; /* the end of our own code: see end(3) */
@@ -1573,6 +1636,8 @@ static void signals_install(void) {
     sigaction(SIGALRM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGTERM, &stop, NULL);
+    vcpu_thread.id = pthread_self();
+    sigaction(SIGUSR1, &(struct sigaction){.sa_handler = on_kick, .sa_flags = SA_RESTART}, NULL);
     signal(SIGPIPE, SIG_IGN); /* write errors are reported where they happen */
 #ifndef __SANITIZE_ADDRESS__  /* which reports crashes itself */
     struct sigaction crash = {.sa_sigaction = on_crash, .sa_flags = SA_SIGINFO | SA_ONSTACK};
@@ -1581,6 +1646,7 @@ static void signals_install(void) {
     sigaction(SIGSEGV, &crash, NULL);
     sigaction(SIGBUS, &crash, NULL);
     sigaction(SIGFPE, &crash, NULL);
+    sigaction(SIGABRT, &crash, NULL);
 #endif
 }
 
@@ -1620,12 +1686,38 @@ static void entry_record(void) {
     event_end();
 }
 
+/* Signals that come after the last look and before the sleep wait with it. */
+static void halt_sleep(void) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    vcpu_fall_asleep();
+    while (!stop_signal && !vcpu_thread.is_kicked)
+        sigsuspend(&before);
+    vcpu_wake_up();
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* The guest has halted with interrupts on: wait for one, as long as something may cause it. */
+static void halt_wait(void) {
+    for (;;) {
+        bool may_come = io_serve();
+        pic_before_entry();
+        if (!may_come || stop_signal || machine.is_injected ||
+            machine.run->request_interrupt_window)
+            return;
+        halt_sleep();
+    }
+}
+
 /* The guest has halted. With interrupts off it has stopped for good, unless it is given an NMI. With
  * interrupts on it waits for one: KVM would go on behind the HLT at the next entry, with or without. */
 static void halt_end(void) {
     bool if_flag = machine.run->if_flag;
     machine.is_halted = false;
-    if (machine.is_injected || (if_flag && machine.run->request_interrupt_window))
+    if (if_flag && !machine.is_injected && !machine.run->request_interrupt_window)
+        halt_wait();
+    if (stop_signal || machine.is_injected || (if_flag && machine.run->request_interrupt_window))
         return;
     if (!if_flag)
         run_end(STATUS_OK, "halt");
@@ -1646,6 +1738,7 @@ static void vcpu_prepare_entry(void) {
     }
     if (half.before_entry)
         half.before_entry();
+    pic_before_entry();
     if (machine.is_halted)
         halt_end();
     injected_note();
@@ -1666,15 +1759,16 @@ static void vcpu_enter(void) {
                                                         machine.run->exit_reason, vcpu_regs()->rip};
     }
     machine.run->exit_reason = KVM_EXIT_UNKNOWN; /* with an error KVM may leave the last one */
-    if (ioctl(machine.vcpu, KVM_RUN, NULL) < 0) {
-        if (errno == EFAULT)
-            memory_fault_take();
-        else if (errno == EINTR)
-            machine.run->exit_reason = KVM_EXIT_INTR;
-        else
-            die(STATUS_HOST, "KVM_RUN failed at rip %s: %s",
-                symbol_or_address(vcpu_regs()->rip).text, strerror(errno));
-    }
+    vcpu_fall_asleep();
+    int error = ioctl(machine.vcpu, KVM_RUN, NULL) < 0 ? errno : 0;
+    vcpu_wake_up();
+    if (error == EFAULT)
+        memory_fault_take();
+    else if (error == EINTR)
+        machine.run->exit_reason = KVM_EXIT_INTR;
+    else if (error)
+        die(STATUS_HOST, "KVM_RUN failed at rip %s: %s", symbol_or_address(vcpu_regs()->rip).text,
+            strerror(error));
     left_ns = clock_ns();
     exit_totals.last_guest_ns = left_ns - entered_ns;
     run_totals.guest_ns += exit_totals.last_guest_ns;
@@ -1855,18 +1949,19 @@ int main(int argc, char **argv) {
     kvm_open();
     vm_create();
     vcpu_create();
-    boot_data_write();
     vcpu_set_entry_state();
-    devices_create();
 
     if (options.events)
         events_open(options.events);
     record_start();
     signals_install();
     setvbuf(stdout, NULL, _IOLBF, PIPE_BUF); /* what a pipe that has room takes at once */
+    io_lock();
+    devices_create();
     time_limit_set(options.time_limit);
     if (half.setup)
         half.setup();
+    boot_data_write(); /* the command line names the devices */
     vm_run();
     host_statistics("end");
     time_limit_set(options.time_limit);
