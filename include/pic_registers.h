@@ -7,7 +7,8 @@
 
 #define PIC_MASTER 0x20 /* ports: command here, data at the next one */
 #define PIC_SLAVE 0xa0
-#define PIC_EDGE_LEVEL 0x4d0 /* bit i: line i is level-triggered; at the next port, of lines 8 to 15 */
+#define PIC_EDGE_LEVEL \
+    0x4d0 /* bit i: line i is level-triggered; at the next port, of lines 8 to 15 */
 #define PIC_LINES 16
 #define PIC_CASCADE 2 /* the master's line that the slave is behind */
 
@@ -16,7 +17,7 @@
 #define PIC_ICW1_NEEDS_ICW4 0x01
 #define PIC_ICW4_8086 0x01
 #define PIC_ICW4_AUTO_EOI 0x02
-#define PIC_OCW2_EOI 0x20          /* end of interrupt: of the line in service with the highest priority, */
+#define PIC_OCW2_EOI 0x20 /* end of interrupt: of the line in service with the highest priority, */
 #define PIC_OCW2_SPECIFIC_EOI 0x60 /* or of the line in bits 2:0 */
 #define PIC_OCW3 0x08
 #define PIC_OCW3_READ_IRR 0x0a /* what the command port shows from now on */
