@@ -12,12 +12,12 @@ static struct {
 uint64_t guest_seed(void) { return boot.seed; }
 uint64_t guest_memory_size(void) { return boot.memory_size; }
 
-/* The word `name=...`, or NULL. */
-static const char *parameter_find(const char *name) {
+/* What follows `name=` in the word with this number among those of the name, or NULL. */
+static const char *parameter_find(const char *name, unsigned number) {
     size_t length = strlen(name);
     const char *word = boot.command_line;
     while (*word) {
-        if (!memcmp(word, name, length) && word[length] == '=')
+        if (!memcmp(word, name, length) && word[length] == '=' && number-- == 0)
             return word + length + 1;
         while (*word && *word != ' ')
             word++;
@@ -27,8 +27,8 @@ static const char *parameter_find(const char *name) {
     return NULL;
 }
 
-bool guest_parameter(const char *name, char *value, size_t size) {
-    const char *text = parameter_find(name);
+bool guest_parameter_at(const char *name, unsigned number, char *value, size_t size) {
+    const char *text = parameter_find(name, number);
     size_t length = 0;
     while (text && text[length] && text[length] != ' ' && length + 1 < size) {
         value[length] = text[length];
@@ -36,6 +36,10 @@ bool guest_parameter(const char *name, char *value, size_t size) {
     }
     value[length] = '\0';
     return text != NULL;
+}
+
+bool guest_parameter(const char *name, char *value, size_t size) {
+    return guest_parameter_at(name, 0, value, size);
 }
 
 static uint64_t seed_parse(void) {

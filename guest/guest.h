@@ -39,6 +39,8 @@ uint64_t guest_seed(void);
 /* The text after `name=` on the command line, up to a blank, copied to value (size bytes with its
  * NUL, cut if longer). False if the command line has no such word. */
 bool guest_parameter(const char *name, char *value, size_t size);
+/* The same of one among several words of this name: number counts them from 0. */
+bool guest_parameter_at(const char *name, unsigned number, char *value, size_t size);
 /* RAM in bytes: it starts at gpa 0. */
 uint64_t guest_memory_size(void);
 

@@ -5,7 +5,8 @@
 #include "guest.h"
 #include "pic_registers.h"
 
-/* Begin: all lines masked and edge-triggered, none in service. */
+/* Begin, with interrupts off: all lines masked and edge-triggered, none in service. Spurious interrupts, which
+ * come as those of line 7 or 15, are taken care of; who uses one of these lines itself takes them over. */
 void pic_begin(uint8_t base);
 /* Let a line through, level-triggered. (Where there are no edge/level registers, edge-triggered.) */
 void pic_unmask(unsigned line);

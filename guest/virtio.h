@@ -14,8 +14,8 @@
 
 /* A device that the command line names: virtio_mmio.device=SIZE@GPA:IRQ. */
 struct virtio_device {
-    uint64_t gpa; /* of its registers; the boot page tables map them */
-    unsigned irq; /* its line at the interrupt controllers: pic.h */
+    uint64_t gpa;      /* of its registers; the boot page tables map them */
+    unsigned irq;      /* its line at the interrupt controllers: pic.h */
     uint64_t features; /* agreed on */
 };
 
@@ -26,7 +26,8 @@ bool virtio_find(uint32_t id, struct virtio_device *device);
 static inline uint32_t virtio_read(const struct virtio_device *device, unsigned offset) {
     return mmio_read32(device->gpa + offset);
 }
-static inline void virtio_write(const struct virtio_device *device, unsigned offset, uint32_t value) {
+static inline void virtio_write(const struct virtio_device *device, unsigned offset,
+                                uint32_t value) {
     mmio_write32(device->gpa + offset, value);
 }
 
@@ -43,12 +44,12 @@ static inline bool virtio_has_feature(const struct virtio_device *device, unsign
     return device->features >> bit & 1;
 }
 
-/* A ring for this queue, empty, of size entries (a power of two, at most VIRTIO_RING_SIZE_MAX), of which the device
- * knows from now on. The second call for a queue uses the memory of the first. False: the device has no such
- * queue, or not of this size. */
+/* A ring for this queue, empty, of size entries (a power of two, at most VIRTIO_RING_SIZE_MAX); the device
+ * knows of it from now on. A queue that is created again, after a reset, gets the same memory. False: the
+ * device has no such queue, or not of this size, or it is in use. */
 #define VIRTIO_RING_SIZE_MAX 128
-#define VIRTIO_QUEUES_MAX 2
-bool virtio_ring_create(const struct virtio_device *device, unsigned queue, uint16_t size, struct vring *ring);
+bool virtio_ring_create(const struct virtio_device *device, unsigned queue, uint16_t size,
+                        struct vring *ring);
 
 /* Notify the device: there are new buffers in this queue. An exit, or an ioeventfd's. */
 static inline void virtio_notify(const struct virtio_device *device, unsigned queue) {
@@ -59,9 +60,10 @@ static inline void virtio_notify(const struct virtio_device *device, unsigned qu
 uint32_t virtio_interrupt_take(const struct virtio_device *device);
 
 /*
- * Memory barriers. The device sees what is written before in no other order: VIRTIO 1.2 "Driver Requirements:
- * The Virtqueue Available Ring" says where. x86 keeps stores in order, and loads, so that those two only keep the
- * compiler from it; a load that must come after a store needs the CPU's own.
+ * Memory barriers: the device, on a CPU of its own, sees memory change in an order that the driver decides.
+ * VIRTIO 1.2 "Supplying Buffers to The Device" and "Receiving Used Buffers From The Device" say where.
+ * x86 keeps stores in their order, and loads in theirs, so that the first two only keep the compiler from
+ * changing it. A load that must come after a store needs the CPU's own: SDM 3A "Memory Ordering".
  */
 static inline void barrier_stores(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
 static inline void barrier_loads(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
