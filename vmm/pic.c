@@ -13,9 +13,12 @@
 #include "vmm.h"
 
 #define CHIP_LINES 8
-#define NO_LINE (-1)
 #define BIT(line) ((uint8_t)(1u << (line)))
 #define SPURIOUS_LINE 7 /* what a chip names if the request has gone again */
+
+/* Of these lines the edge/level registers can say "level": not of the timer's, the keyboard's and the like. */
+#define MASTER_LEVELS 0xf8
+#define SLAVE_LEVELS 0xde
 
 enum { MASTER, SLAVE };
 
@@ -34,15 +37,13 @@ static bool has_chips;
 
 /* ---- one chip ---- */
 
-/* The line that the chip presents: fully nested mode. */
-static int chip_pick(const struct chip *chip) {
-    for (int line = 0; line < CHIP_LINES; line++) {
-        if (chip->isr & BIT(line)) /* it holds back itself and all below it */
-            return NO_LINE;
-        if (chip->irr & ~chip->imr & BIT(line))
-            return line;
-    }
-    return NO_LINE;
+static uint8_t lowest_bit(uint8_t bits) { return bits & (uint8_t)(0u - bits); }
+
+/* The request that the chip presents, as a bit, or 0. Fully nested mode: the lowest bit in service holds back itself
+ * and all above it, which are of lower priority. */
+static uint8_t chip_request(const struct chip *chip) {
+    uint8_t free = chip->isr ? (uint8_t)(lowest_bit(chip->isr) - 1u) : 0xff;
+    return lowest_bit(chip->irr & free & (uint8_t)~chip->imr);
 }
 
 /* The slave's request is a level, whatever the register says. */
@@ -50,26 +51,25 @@ static bool chip_is_level(const struct chip *chip, unsigned line) {
     return (chip->level & BIT(line)) || (chip == &chips[MASTER] && line == PIC_CASCADE);
 }
 
-/* A request that is gone before it was acknowledged is none, by edge or by level: 8259A data sheet, "Edge and
- * Level Triggered Modes". */
+/* An edge is a request until it is acknowledged, a level as long as it lasts. (In a real 8259A an edge that does
+ * not stay high so long becomes a spurious interrupt; KVM's keeps it, and so does this one.) */
 static void chip_set(struct chip *chip, unsigned line, bool is_high) {
     uint8_t bit = BIT(line);
     bool rises = is_high && !(chip->high & bit);
     chip->high = is_high ? chip->high | bit : chip->high & (uint8_t)~bit;
     if (rises || (is_high && chip_is_level(chip, line)))
         chip->irr |= bit;
-    if (!is_high)
+    if (!is_high && chip_is_level(chip, line))
         chip->irr &= (uint8_t)~bit;
 }
 
 static uint8_t chip_acknowledge(struct chip *chip) {
-    int line = chip_pick(chip);
-    if (line == NO_LINE)
-        return chip->base + SPURIOUS_LINE;
-    if (!chip_is_level(chip, (unsigned)line))
-        chip->irr &= (uint8_t)~BIT(line);
+    uint8_t bit = chip_request(chip);
+    unsigned line = bit ? (unsigned)__builtin_ctz(bit) : SPURIOUS_LINE;
+    if (!chip_is_level(chip, line))
+        chip->irr &= (uint8_t)~bit;
     if (!chip->auto_eoi)
-        chip->isr |= BIT(line);
+        chip->isr |= bit;
     return (uint8_t)(chip->base + line);
 }
 
@@ -109,12 +109,11 @@ static void chip_data(struct chip *chip, uint8_t value) {
 
 /* The slave's request is a line of the master's, which follows it. */
 static void cascade_update(void) {
-    bool is_high = chip_pick(&chips[SLAVE]) != NO_LINE;
-    chip_set(&chips[MASTER], PIC_CASCADE, is_high);
+    chip_set(&chips[MASTER], PIC_CASCADE, chip_request(&chips[SLAVE]));
 }
 
 static uint8_t pair_acknowledge(void) {
-    bool is_slave = chip_pick(&chips[MASTER]) == PIC_CASCADE;
+    bool is_slave = chip_request(&chips[MASTER]) == BIT(PIC_CASCADE);
     uint8_t vector = chip_acknowledge(&chips[MASTER]);
     if (is_slave)
         vector = chip_acknowledge(&chips[SLAVE]);
@@ -146,7 +145,7 @@ static void edge_level_access(struct access *access) {
     for (uint32_t i = 0; i < access->size * access->count; i++) {
         struct chip *chip = &chips[(access->address + i % access->size) & 1];
         if (access->is_write)
-            chip->level = access->data[i];
+            chip->level = access->data[i] & (chip == &chips[MASTER] ? MASTER_LEVELS : SLAVE_LEVELS);
         else
             access->data[i] = chip->level;
     }
@@ -166,11 +165,9 @@ void pic_before_entry(void) {
     struct kvm_run *run = host_run();
     if (!has_chips)
         return;
-    bool is_waiting = chip_pick(&chips[MASTER]) != NO_LINE;
-    bool is_ready = run->ready_for_interrupt_injection;
-    if (is_waiting && is_ready)
+    if (run->ready_for_interrupt_injection && chip_request(&chips[MASTER]))
         host_vcpu(KVM_INTERRUPT, &(struct kvm_interrupt){.irq = pair_acknowledge()});
-    run->request_interrupt_window = chip_pick(&chips[MASTER]) != NO_LINE;
+    run->request_interrupt_window = chip_request(&chips[MASTER]) != 0;
 }
 
 /* ---- lines that are KVM's: KVM_IRQFD with a resample eventfd ---- */
@@ -224,7 +221,7 @@ void line_set(unsigned line, bool is_high) {
     if (has_chips) {
         chip_set(&chips[line / CHIP_LINES], line % CHIP_LINES, is_high);
         cascade_update();
-        if (chip_pick(&chips[MASTER]) != NO_LINE)
+        if (chip_request(&chips[MASTER]))
             vcpu_kick();
         return;
     }

@@ -396,12 +396,12 @@ static void transport_access(struct access *access) {
         config_access(device, offset - VIRTIO_MMIO_CONFIG, access);
     } else if (access->size != sizeof value || offset % sizeof value) {
         ignore(device, "a register is accessed other than by 32 bits, aligned");
-    } else if (access->is_write) {
-        memcpy(&value, access->data, sizeof value);
-        register_write(device, offset, value);
-    } else {
+    } else if (!access->is_write) {
         value = register_read(device, offset);
         memcpy(access->data, &value, sizeof value);
+    } else {
+        memcpy(&value, access->data, sizeof value);
+        register_write(device, offset, value);
     }
 }
 

@@ -21,6 +21,7 @@ _LEFT_OUT = {
     "tests/test_userfaultfd.py",
     "tests/variants.py",
 }
+_MAY_HOLD_SOLUTIONS = ("guest/", "lessons/", "vmm/")
 # Where there is no git to say what belongs to the project: what `make` and the tools leave behind.
 _PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
 
@@ -41,8 +42,9 @@ def write(source: Path, destination: Path) -> None:
 
 
 def _stripped(source: Path, files: list[str]) -> dict[str, str]:
-    """The student's version of each file that may hold a solution. A student tree is one already."""
-    sources = [path for path in files if path.startswith("lessons/") and path.endswith((".c", ".h"))]
+    """The student's version of each file that may hold a solution, or part of one: a queue of the VMM's own is
+    what a lesson is about. A student tree is one already."""
+    sources = [path for path in files if path.startswith(_MAY_HOLD_SOLUTIONS) and path.endswith((".c", ".h"))]
     texts = {path: (source / path).read_text() for path in sources}
     if not any(markers.has_stub(text) for text in texts.values()):
         return {}
