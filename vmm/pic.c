@@ -46,27 +46,22 @@ static uint8_t chip_request(const struct chip *chip) {
     return lowest_bit(chip->irr & free & (uint8_t)~chip->imr);
 }
 
-/* The slave's request is a level, whatever the register says. */
-static bool chip_is_level(const struct chip *chip, unsigned line) {
-    return (chip->level & BIT(line)) || (chip == &chips[MASTER] && line == PIC_CASCADE);
-}
-
 /* An edge is a request until it is acknowledged, a level as long as it lasts. (In a real 8259A an edge that does
  * not stay high so long becomes a spurious interrupt; KVM's keeps it, and so does this one.) */
 static void chip_set(struct chip *chip, unsigned line, bool is_high) {
     uint8_t bit = BIT(line);
     bool rises = is_high && !(chip->high & bit);
     chip->high = is_high ? chip->high | bit : chip->high & (uint8_t)~bit;
-    if (rises || (is_high && chip_is_level(chip, line)))
+    if (rises || (is_high && (chip->level & bit)))
         chip->irr |= bit;
-    if (!is_high && chip_is_level(chip, line))
+    else if (!is_high && (chip->level & bit))
         chip->irr &= (uint8_t)~bit;
 }
 
 static uint8_t chip_acknowledge(struct chip *chip) {
     uint8_t bit = chip_request(chip);
     unsigned line = bit ? (unsigned)__builtin_ctz(bit) : SPURIOUS_LINE;
-    if (!chip_is_level(chip, line))
+    if (!(chip->level & bit))
         chip->irr &= (uint8_t)~bit;
     if (!chip->auto_eoi)
         chip->isr |= bit;
@@ -107,9 +102,13 @@ static void chip_data(struct chip *chip, uint8_t value) {
 
 /* ---- the pair ---- */
 
-/* The slave's request is a line of the master's, which follows it. */
+/* A request of the slave's is an edge of the master's line that it is behind, again whenever something changes, so
+ * that none is lost while an earlier one is in service. */
 static void cascade_update(void) {
-    chip_set(&chips[MASTER], PIC_CASCADE, chip_request(&chips[SLAVE]));
+    if (!chip_request(&chips[SLAVE]))
+        return;
+    chip_set(&chips[MASTER], PIC_CASCADE, true);
+    chip_set(&chips[MASTER], PIC_CASCADE, false);
 }
 
 static uint8_t pair_acknowledge(void) {
