@@ -20,9 +20,9 @@
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static struct io_source {
-    int fd;
     void (*ready)(void *context);
     void *context;
+    int fd;
     bool enabled;
     bool is_input; /* comes from outside: it may come while the guest sleeps */
 } sources[SOURCES_MAX];
@@ -77,13 +77,15 @@ static void *io_thread(void *unused) {
 static void thread_start(void) {
     sigset_t all, before;
     pthread_t thread;
+    changed = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (changed < 0)
+        die(STATUS_HOST, "no eventfd for the thread for input: %s", strerror(errno));
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    changed = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    int error = changed < 0 ? errno : pthread_create(&thread, NULL, io_thread, NULL);
+    int error = pthread_create(&thread, NULL, io_thread, NULL);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error)
-        die(STATUS_HOST, "cannot start the thread for input and output: %s", strerror(error));
+        die(STATUS_HOST, "cannot start the thread for input: %s", strerror(error));
     pthread_detach(thread);
 }
 
@@ -114,9 +116,9 @@ void io_enable(struct io_source *source, bool enabled) {
 /* ---- doorbells: KVM_IOEVENTFD ---- */
 
 static struct doorbell {
-    int fd;
     void (*ready)(void *context);
     void *context;
+    int fd;
 } doorbells[SOURCES_MAX];
 
 static void doorbell_ready(void *context) {
@@ -137,7 +139,7 @@ void io_doorbell(gpa_t gpa, uint32_t value, void (*ready)(void *context), void *
     };
     if (request.fd < 0 || count == LENGTH(doorbells))
         die(STATUS_HOST, "no eventfd for the guest's notifications: %s", strerror(errno));
-    doorbells[count] = (struct doorbell){request.fd, ready, context};
+    doorbells[count] = (struct doorbell){ready, context, request.fd};
     host_vm(KVM_IOEVENTFD, &request);
     io_watch(request.fd, false, doorbell_ready, &doorbells[count++]);
 }
