@@ -7,6 +7,11 @@
 
 #include "vmm.h"
 
+/* Only then may the device look at the queue, or write to it. */
+static bool queue_is_live(const struct virtio_device *device, unsigned queue) {
+    return virtio_is_live(device) && device->queue[queue].ready;
+}
+
 /* ---- the available ring, and the chains in it ---- */
 
 /* How far the driver has made chains available. What it wrote before the index is visible then: VIRTIO 1.2 "Driver
@@ -96,7 +101,7 @@ static const char *chain_walk(const struct virtio_device *device, const struct v
 
 bool virtqueue_take(struct virtio_device *device, unsigned number, struct chain *chain) {
     struct virtqueue *queue = &device->queue[number];
-    if (!virtio_is_live(device) || !queue->ready)
+    if (!queue_is_live(device, number))
         return false;
     uint16_t waiting = available_index(queue) - queue->next_available;
     if (waiting == 0)
@@ -173,13 +178,13 @@ void virtqueue_interrupt(struct virtio_device *device, unsigned number, uint16_t
 void virtqueue_notify_not(struct virtio_device *device, unsigned number) {
     const struct virtqueue *queue = &device->queue[number];
     /* With event indexes there is nothing to do: the one that stands there is behind, and does not ask. */
-    if (queue->ready && !virtio_has_feature(device, VIRTIO_RING_F_EVENT_IDX))
+    if (queue_is_live(device, number) && !virtio_has_feature(device, VIRTIO_RING_F_EVENT_IDX))
         __atomic_store_n(&queue->ring.used->flags, VRING_USED_F_NO_NOTIFY, __ATOMIC_RELAXED);
 }
 
 bool virtqueue_notify_me(struct virtio_device *device, unsigned number) {
     const struct virtqueue *queue = &device->queue[number];
-    if (!queue->ready)
+    if (!queue_is_live(device, number))
         return false;
     if (virtio_has_feature(device, VIRTIO_RING_F_EVENT_IDX))
         __atomic_store_n(&vring_avail_event(&queue->ring), queue->next_available, __ATOMIC_RELAXED);
