@@ -91,6 +91,23 @@ def test_memory_is_zero_at_first_but_for_image_and_boot_data(call: Call, tmp_pat
     assert call(image).returncode == 0
 
 
+@pytest.mark.parametrize(("irqchip", "has_apic"), [("none", 0), ("split", 1), ("kernel", 1)])
+def test_cpuid_says_whether_there_is_a_local_apic(irqchip: str, has_apic: int, call: Call, tmp_path: Path) -> None:
+    """SDM 3A "Presence of the Local APIC": CPUID.01H:EDX[9]."""
+    code = """
+        mov eax, 1
+        cpuid
+        shr edx, 9
+        and edx, 1
+        mov eax, edx
+        out 0xf4, al
+        hlt
+    """
+    image = tmp_path / "image"
+    image.write_bytes(pvh(code=assemble(code)))
+    assert call(f"--irqchip={irqchip}", image).returncode == has_apic
+
+
 # ---- exit status ----
 
 STATUS: dict[str, tuple[int, str, str, list[str]]] = {

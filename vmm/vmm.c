@@ -588,6 +588,8 @@ static void vcpu_set_entry_state(void) {
     sregs->cr0 = X86_CR0_PE | X86_CR0_ET;
     sregs->cr4 = 0;
     sregs->efer = 0;
+    if (machine.note.irqchip == MACHINE_IRQCHIP_NONE)
+        sregs->apic_base = 0; /* where there is no local APIC, CPUID says so: KVM goes by this */
     *vcpu_regs() = (struct kvm_regs){
         .rip = machine.entry.gpa,
         .rflags = X86_EFLAGS_FIXED,
