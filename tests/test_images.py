@@ -194,7 +194,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         "does not have",
     ),
     "machine with another irqchip": (lambda: pvh(note_data=entry_note() + machine_note(irqchip=3)), "does not have"),
-    "machine with another device": (lambda: pvh(note_data=entry_note() + machine_note(devices=3)), "does not have"),
+    "machine with another device": (lambda: pvh(note_data=entry_note() + machine_note(devices=7)), "does not have"),
     "machine with another bus": (lambda: pvh(note_data=entry_note() + machine_note(unknown_io=2)), "does not have"),
     "truncated Multiboot magic": (lambda: multiboot()[:11], "not an image"),
     "truncated Multiboot addresses": (lambda: multiboot_flat()[:31], "Multiboot header is truncated"),

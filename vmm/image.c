@@ -165,7 +165,8 @@ struct machine_note image_machine(void) {
                note.version != MACHINE_NOTE_VERSION))
         image_die("its machine note is of another version; build the image again");
     if (note.memory_mib < 1 || note.memory_mib > MACHINE_MEMORY_MIB_MAX ||
-        note.irqchip > MACHINE_IRQCHIP_KERNEL || (note.devices & ~MACHINE_DEVICE_COM1) ||
+        note.irqchip > MACHINE_IRQCHIP_KERNEL ||
+        (note.devices & ~(MACHINE_DEVICE_COM1 | MACHINE_DEVICE_VIRTIO_CONSOLE)) ||
         note.unknown_io > MACHINE_UNKNOWN_IO_IGNORE)
         image_die("its machine note asks for what this VMM does not have");
     return note;
