@@ -5,6 +5,7 @@
 #include "apic_registers.h"
 #include "guest.h"
 
+static inline uint32_t lapic_read(unsigned offset) { return mmio_read32(LAPIC_GPA + offset); }
 static inline void lapic_write(unsigned offset, uint32_t value) {
     mmio_write32(LAPIC_GPA + offset, value);
 }

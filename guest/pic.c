@@ -1,10 +1,13 @@
 /* The interrupt controllers of a PC: 8259A data sheet, "Programming the 8259A". */
 #include "pic.h"
+#include "apic.h"
 
 #define LINES_PER_CHIP 8
 #define DATA 1 /* behind the command port */
 #define ALL_LINES 0xff
 #define IDLE_LINE 7 /* what a chip names when it has nothing to say */
+
+#define CPUID_1_EDX_APIC (1u << 9)
 
 static uint8_t vector_base;
 
@@ -40,12 +43,25 @@ static bool spurious(struct trap_frame *frame) {
     return true;
 }
 
+/*
+ * A local APIC stands between the 8259As and the CPU. At power-up it lets nothing through: SDM 3A "Local APIC
+ * State After Power-Up or Reset". "Virtual wire mode" is firmware's to set up, which a PVH image need not have had.
+ * While the APIC is disabled by software, its pins cannot be unmasked.
+ */
+static void local_apic_let_through(void) {
+    if (!(cpuid(1, 0).edx & CPUID_1_EDX_APIC))
+        return;
+    lapic_write(LAPIC_SVR, lapic_read(LAPIC_SVR) | LAPIC_SVR_ENABLE);
+    lapic_write(LAPIC_LVT_LINT0, APIC_DELIVERY_EXTINT);
+}
+
 void pic_begin(uint8_t base) {
     vector_base = base;
     chip_begin(PIC_MASTER, base, bit(PIC_CASCADE));
     chip_begin(PIC_SLAVE, base + LINES_PER_CHIP, PIC_CASCADE);
     out8(PIC_EDGE_LEVEL, 0);
     out8(PIC_EDGE_LEVEL + 1, 0);
+    local_apic_let_through();
     trap_handle(base + IDLE_LINE, spurious);
     trap_handle(base + LINES_PER_CHIP + IDLE_LINE, spurious);
 }

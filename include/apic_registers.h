@@ -23,6 +23,7 @@
 #define LAPIC_IRR 0x200       /* requested: accepted, and not in service yet */
 #define LAPIC_ICR_LOW 0x300   /* a write sends an interprocessor interrupt */
 #define LAPIC_LVT_TIMER 0x320 /* what the timer sends; bits 18:17 are its mode, 0 is one-shot */
+#define LAPIC_LVT_LINT0 0x350 /* what the pin LINT0 sends, to which a PC has its 8259As wired */
 #define LAPIC_LVT_MASKED (1u << 16)
 #define LAPIC_TIMER_INITIAL 0x380 /* a write starts the timer; 0 stops it */
 #define LAPIC_TIMER_CURRENT 0x390
@@ -38,7 +39,8 @@
 /* The ICR, the LVT, a redirection entry and the data of a message have these bits in common. */
 #define APIC_VECTOR 0xffu
 #define APIC_DELIVERY_FIXED (0u << 8)
-#define APIC_DELIVERY_NMI (4u << 8) /* the vector is ignored */
+#define APIC_DELIVERY_NMI (4u << 8)    /* the vector is ignored */
+#define APIC_DELIVERY_EXTINT (7u << 8) /* the vector is an 8259A's to say */
 #define APIC_DELIVERY (7u << 8)
 
 /* ---- the I/O APIC: two registers in memory, through which all others are reached ---- */
