@@ -89,7 +89,7 @@ endif
 
 HEADERS = $(wildcard include/*.h)
 GUEST_HEADERS = $(HEADERS) $(wildcard guest/*.h)
-RUNTIME = $(patsubst %,$(BUILD)/guest/%.o,boot_entry boot console paging pic string trap virtio $(RUNTIME_EXTRA))
+RUNTIME = $(patsubst %,$(BUILD)/guest/%.o,boot_entry boot console paging pic string trap virtio virtio_console $(RUNTIME_EXTRA))
 
 $(BUILD)/guest/boot_entry.o: guest/boot.asm
 	@mkdir -p $(@D)

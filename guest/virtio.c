@@ -99,7 +99,7 @@ void virtio_reset(const struct virtio_device *device) {
         pause();
 }
 
-static uint64_t features_read(const struct virtio_device *device) {
+uint64_t virtio_features_offered(const struct virtio_device *device) {
     virtio_write(device, VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
     uint64_t high = virtio_read(device, VIRTIO_MMIO_DEVICE_FEATURES);
     virtio_write(device, VIRTIO_MMIO_DEVICE_FEATURES_SEL, 0);
@@ -116,12 +116,16 @@ static void features_write(const struct virtio_device *device, uint64_t features
 /* Only a device with VIRTIO_F_VERSION_1 keeps to this specification. */
 static bool features_agree(struct virtio_device *device, uint64_t wanted) {
     uint64_t needed = UINT64_C(1) << VIRTIO_F_VERSION_1;
-    device->features = features_read(device) & (wanted | needed);
+    device->features = virtio_features_offered(device) & (wanted | needed);
     if (!(device->features & needed))
         return false;
     features_write(device, device->features);
     status_add(device, VIRTIO_CONFIG_S_FEATURES_OK);
     return virtio_read(device, VIRTIO_MMIO_STATUS) & VIRTIO_CONFIG_S_FEATURES_OK;
+}
+
+void virtio_give_up(const struct virtio_device *device) {
+    status_add(device, VIRTIO_CONFIG_S_FAILED);
 }
 
 bool virtio_begin(struct virtio_device *device, uint64_t wanted) {
@@ -130,7 +134,7 @@ bool virtio_begin(struct virtio_device *device, uint64_t wanted) {
     status_add(device, VIRTIO_CONFIG_S_DRIVER);
     if (features_agree(device, wanted))
         return true;
-    status_add(device, VIRTIO_CONFIG_S_FAILED);
+    virtio_give_up(device);
     return false;
 }
 

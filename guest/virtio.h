@@ -31,6 +31,17 @@ static inline void virtio_write(const struct virtio_device *device, unsigned off
     mmio_write32(device->gpa + offset, value);
 }
 
+/* A 16-bit field of the device's configuration space, which is read by accesses of just its width. */
+static inline uint16_t virtio_config_read16(const struct virtio_device *device, unsigned offset) {
+    uint16_t value;
+    uint64_t gva = device->gpa + VIRTIO_MMIO_CONFIG + offset;
+    __asm__ volatile("movw (%1), %0" : "=r"(value) : "r"(gva) : "memory");
+    return value;
+}
+
+/* What the device offers; that may be asked at any time. */
+uint64_t virtio_features_offered(const struct virtio_device *device);
+
 /*
  * VIRTIO 1.2 "Device Initialization", in its order. virtio_begin() resets the device and agrees on those of
  * the wanted features that it offers, and on VIRTIO_F_VERSION_1; false if the device refuses. Then come the
@@ -39,6 +50,7 @@ static inline void virtio_write(const struct virtio_device *device, unsigned off
  */
 bool virtio_begin(struct virtio_device *device, uint64_t wanted);
 void virtio_driver_ok(const struct virtio_device *device);
+void virtio_give_up(const struct virtio_device *device); /* set VIRTIO_CONFIG_S_FAILED */
 void virtio_reset(const struct virtio_device *device);
 static inline bool virtio_has_feature(const struct virtio_device *device, unsigned bit) {
     return device->features >> bit & 1;
