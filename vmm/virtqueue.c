@@ -48,9 +48,9 @@ struct table {
 };
 
 /* VIRTIO 1.2 "Indirect Descriptors": only the last descriptor of a chain may lead to a table, and from there none
- * leads to another. Its VRING_DESC_F_WRITE means nothing. */
+ * leads to another. Its VRING_DESC_F_WRITE means nothing. The table may be longer than the queue; the chain may not. */
 static const char *table_enter(const struct virtio_device *device, struct table *table,
-                               const struct vring_desc *descriptor, uint32_t queue_size) {
+                               const struct vring_desc *descriptor) {
     uint32_t size = descriptor->len / sizeof(struct vring_desc);
     if (!virtio_has_feature(device, VIRTIO_RING_F_INDIRECT_DESC))
         return "an indirect descriptor, without VIRTIO_F_INDIRECT_DESC";
@@ -60,8 +60,6 @@ static const char *table_enter(const struct virtio_device *device, struct table 
         return "an indirect descriptor has a next one";
     if (size == 0 || descriptor->len % sizeof(struct vring_desc))
         return "an indirect table is empty, or ends within a descriptor";
-    if (size > queue_size)
-        return "an indirect table is longer than the queue";
     *table = (struct table){memory_at(descriptor->addr, descriptor->len), size, true};
     return table->descriptors ? NULL : "an indirect table is not in memory";
 }
@@ -80,7 +78,7 @@ static const char *chain_walk(const struct virtio_device *device, const struct v
             return "a descriptor lies beyond the end of its table";
         memcpy(&descriptor, &table.descriptors[index], sizeof descriptor);
         if (descriptor.flags & VRING_DESC_F_INDIRECT) {
-            wrong = table_enter(device, &table, &descriptor, queue->ring.num);
+            wrong = table_enter(device, &table, &descriptor);
             index = 0;
         } else {
             if (chain->count == queue->ring.num)
