@@ -50,7 +50,7 @@ static bool transmit_some(void) {
     while (most > 0 && virtqueue_take(&console, TRANSMIT, &chain)) {
         if (chain.writable) {
             virtio_break(&console, TRANSMIT, "a buffer to transmit is writable");
-            return false;
+            break;
         }
         for (unsigned i = 0; i < chain.count; i++)
             console_write(chain.buffer[i].hva, chain.buffer[i].size);
@@ -99,7 +99,7 @@ static size_t receive_some(const uint8_t *bytes, size_t size) {
     while (received < size && virtqueue_take(&console, RECEIVE, &chain)) {
         if (chain.readable) {
             virtio_break(&console, RECEIVE, "a buffer to receive into is readable");
-            return received;
+            break;
         }
         uint32_t filled = chain_fill(&chain, bytes + received, size - received);
         virtqueue_put(&console, RECEIVE, &chain, filled);

@@ -55,8 +55,9 @@ static void interrupt_raise(struct virtio_device *device, uint32_t cause) {
     line_update(device);
 }
 
+/* Also of a device that has broken since: what it had used before that is the driver's to know. */
 void virtio_interrupt(struct virtio_device *device) {
-    if (virtio_is_live(device))
+    if (device->status & VIRTIO_CONFIG_S_DRIVER_OK)
         interrupt_raise(device, VIRTIO_MMIO_INT_VRING);
 }
 
