@@ -5,6 +5,7 @@
 #define RECEIVE_QUEUE 0
 #define TRANSMIT_QUEUE 1
 #define BUFFER_SIZE PAGE_SIZE
+#define FAR_AWAY (1 << 15) /* from a 16-bit index */
 
 /* The indices and flags of a ring, which the other side reads, or writes, at any time: one access each. */
 static uint16_t shared_read(const uint16_t *at) { return *(const volatile uint16_t *)at; }
@@ -68,13 +69,13 @@ static void queue_publish(struct virtio_console_queue *queue) {
 
 /*
  * No interrupts for used buffers: "Used Buffer Notification Suppression". With event indices there is no flag
- * for that, but an index that the device has passed, and will not come to again before it has used
- * 65,535 more.
+ * for that, but an index as far from the device's as can be. (One just behind it would not do: a device
+ * may look when it has used a whole batch, and the index may be that of the batch's first.)
  */
 static void queue_silence(struct virtio_console_queue *queue) {
     /* BEGIN SOLUTION */
     if (has_event_index(queue))
-        shared_write(&vring_used_event(&queue->ring), (uint16_t)(queue->next_used - 1));
+        shared_write(&vring_used_event(&queue->ring), (uint16_t)(queue->next_used + FAR_AWAY));
     else
         shared_write(&queue->ring.avail->flags, VRING_AVAIL_F_NO_INTERRUPT);
     /* STUB

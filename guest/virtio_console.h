@@ -53,8 +53,8 @@ size_t virtio_console_read(struct virtio_console *console, void *bytes, size_t s
 
 /*
  * Have the device interrupt through the 8259As, which pic_begin(vector_base) has begun. False: its line is not one
- * of theirs. Then sleep until there is something to read, or the size has changed; called with interrupts
- * on or off, it leaves them on.
+ * of theirs. One console at a time can. Then sleep until there is something to read, or the size has
+ * changed; called with interrupts on or off, it leaves them on.
  */
 bool virtio_console_interrupts_begin(struct virtio_console *console, uint8_t vector_base);
 void virtio_console_wait(struct virtio_console *console);
