@@ -45,7 +45,13 @@ static nfds_t sources_list(struct pollfd *list, struct io_source **listed) {
     return count;
 }
 
-static void sources_serve(const struct pollfd *list, struct io_source **listed, nfds_t count) {
+/* Those that can be read now, under the lock: what the other thread has read must not be waited for. */
+static void sources_serve(void) {
+    struct pollfd list[SOURCES_MAX];
+    struct io_source *listed[SOURCES_MAX];
+    nfds_t count = sources_list(list, listed);
+    if (poll(list, count, 0) <= 0)
+        return;
     for (nfds_t i = 0; i < count; i++)
         if (list[i].revents && listed[i]->enabled) /* one handler may disable another source */
             listed[i]->ready(listed[i]->context);
@@ -64,11 +70,10 @@ static void *io_thread(void *unused) {
         nfds_t count = sources_list(list, listed);
         list[count] = (struct pollfd){.fd = changed, .events = POLLIN};
         io_unlock();
-        int ready = poll(list, count + 1, -1);
+        (void)poll(list, count + 1, -1);
         io_lock();
         eventfd_clear(changed);
-        if (ready > 0)
-            sources_serve(list, listed, count);
+        sources_serve();
     }
     return unused;
 }
@@ -147,11 +152,7 @@ void io_doorbell(gpa_t gpa, uint32_t value, void (*ready)(void *context), void *
 /* ---- the halted vCPU ---- */
 
 bool io_serve(void) {
-    struct pollfd list[SOURCES_MAX];
-    struct io_source *listed[SOURCES_MAX];
-    nfds_t count = sources_list(list, listed);
-    if (poll(list, count, 0) > 0)
-        sources_serve(list, listed, count);
+    sources_serve();
     for (unsigned i = 0; i < source_count; i++)
         if (sources[i].enabled && sources[i].is_input)
             return true;
