@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import os
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -78,3 +80,11 @@ def started(*command: str | Path, limit: float = TOO_LONG, pipesize: int = -1) -
         finally:
             watchdog.cancel()
             process.kill()
+
+
+def wait_until_asleep(pid: int) -> None:
+    """Until the process waits in the kernel: the state that proc(5) calls S."""
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline, "the guest does not halt"
+        os.sched_yield()

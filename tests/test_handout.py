@@ -15,10 +15,13 @@ from kvmlab.plugin import ROOT
 pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
-PROOF_OF = ("commands", "compare", "engines", "handout", "lesson_texts", "lessons", "tlb_notes", "userfaultfd")
+PROOF_OF = (
+    *("commands", "compare", "engines", "handout", "lesson_texts", "lessons", "tlb_notes", "userfaultfd"),
+    "virtio_guest",
+)
 PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
 # What the VMM and the guests' runtime do in the way that a lesson has students write.
-ALIKE = {"vmm/virtqueue.c"}
+ALIKE = {"guest/virtio_console.c", "vmm/virtqueue.c"}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The life of a run: how the machine looks at entry, the exit status, signals, and a host that refuses."""
 
-import os
 import re
 import signal
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from images import assemble, pvh
-from support import Call, Guest, one_line, only_plain, started
+from support import Call, Guest, one_line, only_plain, started, wait_until_asleep
 
 from kvmlab import events
 
@@ -137,14 +136,6 @@ def test_the_exit_status_says_how_it_went(name: str, call: Call, guest: Guest) -
 
 
 # ---- signals ----
-
-
-def wait_until_asleep(pid: int) -> None:
-    """Until the process waits in the kernel: the state that proc(5) calls S."""
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
-        assert time.monotonic() < deadline, "the guest does not halt"
-        os.sched_yield()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
