@@ -20,6 +20,7 @@ _LEFT_OUT = {
     "tests/test_tlb_notes.py",
     "tests/test_userfaultfd.py",
     "tests/variants.py",
+    "tests/virtio",
 }
 _MAY_HOLD_SOLUTIONS = ("guest/", "lessons/", "vmm/")
 # Where there is no git to say what belongs to the project: what `make` and the tools leave behind.
