@@ -34,7 +34,7 @@ static void output_show(const void *bytes, size_t size) {
 
 static void line_show(bool is_high) { printf("{\"kind\":\"line\",\"is_high\":%d}\n", is_high); }
 
-const struct listeners listeners = {event_show, output_show, line_show};
+struct listeners listeners = {event_show, output_show, line_show};
 
 static void answer(bool is_there, uint64_t value) {
     if (is_there)

@@ -36,7 +36,7 @@ BUFFERS_GPA = 0x40000
 
 NO_ACCESS, READ_ONLY, READ_WRITE = 0, 1, 3  # PROT_*
 
-TOO_LONG = 3.0  # for one device, in seconds: most need some milliseconds
+TOO_LONG = 20.0  # for one device, in seconds: most need some milliseconds
 
 Event = dict[str, Any]
 

@@ -90,6 +90,8 @@ static struct complaints seen;
 
 __attribute__((format(printf, 1, 2))) static void event_print(const char *format, ...) {
     va_list arguments;
+    if (!listeners.event)
+        return;
     size_t room = sizeof event.line - event.length;
     va_start(arguments, format);
     size_t length = (size_t)vsnprintf(event.line + event.length, room, format, arguments);
@@ -154,21 +156,31 @@ void host_claim_mmio(gpa_t first_gpa, uint64_t bytes, const char *name, access_h
 
 void command_line_add(const char *word) { assert(!strncmp(word, "virtio_mmio.device=", 19)); }
 
-/* As the VMM's bus does it: what straddles the end is nobody's. The data has no byte too many, so that a
- * sanitizer sees an access beyond it. */
 static void sources_serve(void);
 
+/* Of each size one, so that a sanitizer sees an access beyond its end. */
+static uint8_t *access_data(uint32_t size) {
+    static uint8_t one[1], two[2], four[4], eight[8];
+    switch (size) {
+    case 1: return one;
+    case 2: return two;
+    case 4: return four;
+    case 8: return eight;
+    }
+    abort();
+}
+
+/* As the VMM's bus does it: what straddles the end is nobody's. */
 bool register_access(uint32_t offset, uint32_t size, bool is_write, uint64_t *value) {
-    uint8_t *data = malloc(size);
-    struct access access = {claim.gpa + offset, size, 1, is_write, data};
+    struct access access = {claim.gpa + offset, size, 1, is_write, access_data(size)};
     bool is_claimed = (uint64_t)offset + size <= claim.size;
-    memcpy(data, value, size);
+    memcpy(access.data, value, size);
     if (is_claimed)
         claim.handler(&access);
-    sources_serve();
     *value = 0;
-    memcpy(value, data, size);
-    free(data);
+    memcpy(value, access.data, size);
+    if (is_write)
+        sources_serve();
     return is_claimed;
 }
 
@@ -229,6 +241,7 @@ static struct io_source {
     void (*ready)(void *context);
     void *context;
     bool enabled;
+    bool is_idle; /* there was nothing when it was last looked at, and nothing has come since */
 } sources[8];
 static unsigned source_count;
 static int input_end = -1; /* where bytes for standard input go in */
@@ -243,7 +256,7 @@ void input_create(void) {
 
 struct io_source *io_watch(int fd, bool is_input, void (*ready)(void *context), void *context) {
     assert(source_count < LENGTH(sources) && is_input == (fd == STDIN_FILENO));
-    sources[source_count] = (struct io_source){fd, ready, context, true};
+    sources[source_count] = (struct io_source){fd, ready, context, true, false};
     return &sources[source_count++];
 }
 
@@ -257,10 +270,12 @@ static int input_waiting(void) {
 
 static bool source_serve(struct io_source *source) {
     struct pollfd file = {.fd = source->fd, .events = POLLIN};
-    if (!source->enabled || poll(&file, 1, 0) <= 0)
+    if (!source->enabled || source->is_idle)
         return false;
-    source->ready(source->context);
-    return true;
+    source->is_idle = poll(&file, 1, 0) <= 0;
+    if (!source->is_idle)
+        source->ready(source->context);
+    return !source->is_idle;
 }
 
 /* As the VMM's second thread does it, but at once. The driver adds nothing meanwhile, so that it ends; a source that
@@ -277,14 +292,21 @@ static void sources_serve(void) {
     }
 }
 
+/* Signals do not come here: what waits for them is idle. */
+static void input_came(void) {
+    for (unsigned i = 0; i < source_count; i++)
+        sources[i].is_idle &= sources[i].fd != STDIN_FILENO;
+    sources_serve();
+}
+
 bool input_arrives(const void *bytes, size_t size) {
     ssize_t written = write(input_end, bytes, size);
-    sources_serve();
+    input_came();
     (void)written; /* what the pipe does not hold is lost, as at a terminal */
     return input_waiting() == 0;
 }
 
 void input_ends(void) {
     close(input_end);
-    sources_serve();
+    input_came();
 }

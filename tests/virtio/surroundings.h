@@ -41,4 +41,4 @@ struct listeners {
     void (*output)(const void *bytes, size_t size);
     void (*line)(bool is_high);
 };
-extern const struct listeners listeners; /* of the program */
+extern struct listeners listeners; /* of the program */

@@ -2,8 +2,12 @@
 (as before, or in need of a reset), and works again after a reset. That it touches nothing outside of guest memory, and
 comes to an end, is what its process is watched for."""
 
+import contextlib
+import itertools
+import os
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -552,6 +556,45 @@ def test_rings_that_overlap_their_buffers_harm_nobody(driver: Driver, index: int
     queue.notify()
     assert driver.status in (LIVE, BROKEN)
     driver.works()
+
+
+@both_queues
+@pytest.mark.parametrize("features", [PLAIN, PLAIN | F.INDIRECT_DESC | F.EVENT_IDX], ids=["plain", "all"])
+def test_a_driver_that_writes_while_the_device_reads_harms_nobody(driver: Driver, index: int, features: int) -> None:
+    """What was checked must not be read a second time. Two good descriptors and two bad ones, in turns, in a race."""
+    good, outside = driver.writable(4) if index == RECEIVE else driver.readable(b"good"), TOP - 0x1000
+    flag = DESC.WRITE if index == RECEIVE else 0
+    table = driver.readable(descriptor(good.gpa, 4, flag) * 4)
+    entries = [
+        descriptor(good.gpa, 4, flag | NEXT, 1),
+        descriptor(outside, 4, flag | NEXT, 0xFFFF),
+        descriptor(table.gpa, 64, INDIRECT),
+        descriptor(outside, 0xFFFFFFFF, INDIRECT | NEXT, 9),
+    ]
+    queue = driver.queue(index)
+    with racing(driver, entries, [queue.descriptor_gpa, queue.descriptor_gpa + 16, table.gpa]):
+        for _ in range(200):
+            driver.go_live(features, size=N)
+            while not driver.status & S.NEEDS_RESET and queue.available < 20:
+                driver.type(b"typed")
+                queue.offer(0)
+                queue.notify()
+    driver.works()
+
+
+@contextlib.contextmanager
+def racing(driver: Driver, entries: list[bytes], places: list[int]) -> Iterator[None]:
+    """Another process writes these to these places, one after the other, for ever."""
+    racer = os.fork()
+    if racer == 0:
+        while True:
+            for entry, gpa in itertools.product(entries, places):
+                driver.poke(gpa, entry)
+    try:
+        yield
+    finally:
+        os.kill(racer, signal.SIGKILL)
+        os.waitpid(racer, 0)
 
 
 # ---- all of it ----

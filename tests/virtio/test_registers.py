@@ -38,7 +38,7 @@ EVENTS: dict[INT, Callable[[Driver], None]] = {INT.VRING: use_a_buffer, INT.CONF
 @clause("MMIO Device Register Layout", "present each event in InterruptStatus until the driver acknowledges it")
 @clause("MMIO Device Register Layout", "leave bits of InterruptStatus zero that stand for no event that took place")
 @clause("Notifications From The Device", "the interrupt is asserted while a bit of InterruptStatus is set")
-@pytest.mark.parametrize(("cause", "event"), EVENTS.items(), ids=str)
+@pytest.mark.parametrize(("cause", "event"), EVENTS.items(), ids=["used", "config"])
 def test_an_event_is_shown_and_the_line_is_high_until_it_is_acknowledged(
     driver: Driver, cause: INT, event: Callable[[Driver], None]
 ) -> None:
