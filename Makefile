@@ -52,7 +52,7 @@ setup: ## install every package that any of these commands needs
 	@tools/setup run test svm vmx cover lint
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1 \2/p' $(firstword $(MAKEFILE_LIST)) | sed -E 's/  ([a-z])/  \1/'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1 \2/p' $(MAKEFILE_LIST) | sed -E 's/  ([a-z])/  \1/'
 
 clean: ## remove everything that was built
 	rm -rf build
@@ -152,7 +152,11 @@ TEST_GUESTS = $(patsubst tests/guests/%.c,$(BUILD)/tests/%.elf,$(wildcard tests/
 build-all: $(BUILD)/vmm/vmm $(foreach lesson,$(ALL_LESSONS),$(call lesson_files,$(lesson))) $(TEST_GUESTS)
 
 # The VMM under AddressSanitizer and UndefinedBehaviorSanitizer, for the tests.
+ASAN_PROGRAMS = build/asan/vmm/vmm
 build-asan:
-	@$(MAKE) --no-print-directory -s SANITIZE=1 BUILD=build/asan build/asan/vmm/vmm
+	@$(MAKE) --no-print-directory -s SANITIZE=1 BUILD=build/asan $(ASAN_PROGRAMS)
+
+# What only the tests of the virtio console need; a student's tree has none of it.
+include $(wildcard tests/virtio/*.mk)
 
 .SECONDARY:

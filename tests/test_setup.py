@@ -16,6 +16,7 @@ COMMANDS = {
     "nasm": "nasm",
     "git": "git",
     "qemu-system-x86_64": "qemu-system-x86",
+    "clang": "clang",
     "lcov": "lcov",
     "clang-format": "clang-format",
     "clang-tidy": "clang-tidy",
@@ -31,6 +32,7 @@ FILES = {
     "usr/bin/python3": "python3",
     "usr/lib/python3/dist-packages/pytest": "python3-pytest",
     "usr/lib/python3/dist-packages/xdist": "python3-pytest-xdist",
+    "usr/lib/llvm-14/lib/clang/14.0.6/lib/linux/libclang_rt.fuzzer-x86_64.a": "libclang-rt-dev",
 }
 TOMLLIB = "usr/lib/python3.11/tomllib"
 GROUPS = ["run", "test", "cover", "lint"]

@@ -17,10 +17,12 @@ _LEFT_OUT = {
     "tests/test_handout.py",
     "tests/test_lesson_texts.py",
     "tests/test_lessons.py",
+    "tests/test_terminal.py",
     "tests/test_tlb_notes.py",
     "tests/test_userfaultfd.py",
     "tests/test_virtio_guest.py",
     "tests/variants.py",
+    "tests/virtio",
 }
 _MAY_HOLD_SOLUTIONS = ("guest/", "lessons/", "vmm/")
 # Where there is no git to say what belongs to the project: what `make` and the tools leave behind.
