@@ -27,6 +27,7 @@ class Terminal:
     process: subprocess.Popen[bytes]
     master: int
     slave: int
+    before: list[object]  # its settings when the VMM began
 
     def types(self, text: bytes) -> None:
         os.write(self.master, text)
@@ -62,12 +63,13 @@ def start(vmm: Path, guest: Guest) -> Start:
     def function(case: str, *options: str) -> Iterator[Terminal]:
         master, slave = pty.openpty()
         command = [vmm, "--time-limit=20", f"--append=case={case}", *options, guest("virtio").image]
+        before = termios.tcgetattr(slave)
         # With the terminal as its controlling one: Ctrl-C is a signal for it.
         with subprocess.Popen(
             ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=subprocess.PIPE
         ) as process:
             try:
-                yield Terminal(process, master, slave)
+                yield Terminal(process, master, slave, before)
             finally:
                 process.kill()
                 os.close(master)
@@ -110,20 +112,18 @@ def test_the_terminal_is_put_back_whatever_ends_the_vmm(ending: str, irqchip: st
     """While the guest sleeps: in the VMM, or, with a local APIC, in KVM."""
     end, status = ENDINGS[ending]
     with start("echo_by_interrupts", f"--irqchip={irqchip}") as terminal:
-        before = terminal.settings
         terminal.sees(b"ready\r\n")
         terminal.types(b"x")
         terminal.sees(b"x")
-        assert terminal.settings != before
+        assert terminal.settings != terminal.before
         end(terminal)
         seen, errors = terminal.ends()
-        assert (seen, terminal.settings) == (status, before), errors
+        assert (seen, terminal.settings) == (status, terminal.before), errors
 
 
 def test_the_terminal_is_put_back_by_a_vmm_that_does_not_even_begin(start: Start) -> None:
     """What is wrong with the guest's command line shows when the devices have added theirs."""
     with start("x" * COMMAND_LINE_MAX) as terminal:
-        before = terminal.settings
         status, errors = terminal.ends()
-        assert (status, terminal.settings) == (2, before)
+        assert (status, terminal.settings) == (2, terminal.before)
         one_line(errors, "--append: the guest's command line")
