@@ -37,7 +37,7 @@ TEXT = bytes(byte for byte in range(256) if byte != 4) * 3
 MIB = 1 << 20
 CHUNK = 64 << 10
 BUFFER = 4096
-DRIVER_FEATURES, INTERRUPT_VECTOR = 0x20, 32 + 5
+DRIVER_FEATURES, INTERRUPT_VECTOR, EDGE_LEVEL = 0x20, 32 + 5, 0x4D0
 DEVICE = "virtio console"
 TRANSMIT = 1
 
@@ -79,9 +79,9 @@ def console(call: Call, guest: Guest) -> Console:
     return Console(call, guest("virtio").image)
 
 
-def recorded(guest: Guest, case: str, *options: str, engine: Engine | None = None) -> Run:
+def recorded(guest: Guest, case: str, *options: str, stdin: bytes = b"", engine: Engine | None = None) -> Run:
     arguments = [f"--append=case={case}", *options]
-    run = runner.run(guest("virtio"), arguments, time_limit=50, engine=engine or Kvm())
+    run = runner.run(guest("virtio"), arguments, stdin=stdin, time_limit=50, engine=engine or Kvm())
     assert (run.status, run.errors) == (0, "")
     assert run.all("virtio_misuse") == []
     return run
@@ -197,7 +197,8 @@ def test_a_guest_that_waits_halts_and_is_interrupted(irqchip: str, vmm: Path, gu
 
 @on_every_machine
 def test_a_console_can_be_reset_and_begun_again_at_any_time(irqchip: str, notify: str, vmm: Path, guest: Guest) -> None:
-    arguments = [*machine(irqchip, notify), "--append=case=reset_in_the_middle"]
+    """In so little memory that no page may be taken for the same purpose again."""
+    arguments = [*machine(irqchip, notify), "--memory=4", "--append=case=reset_in_the_middle"]
     with started(vmm, *arguments, guest("virtio").image) as process:
         before = b""
         while not before.endswith(b"ready\n"):
@@ -302,6 +303,12 @@ def test_a_driver_accepts_no_more_than_it_wants(guest: Guest) -> None:
         run = recorded(guest, f"say_line plain={plain}")
         writes = run.all("exit", reason="MMIO", is_write=1, gpa=0xD0000000 + DRIVER_FEATURES)
         assert [int.from_bytes(bytes.fromhex(event.data), "little") for event in writes] == [1, wanted]
+
+
+def test_the_line_is_level_triggered(guest: Guest) -> None:
+    run = recorded(guest, "echo_by_interrupts", stdin=END_OF_INPUT)
+    writes = run.all("exit", reason="IO", is_write=1, port=EDGE_LEVEL)
+    assert writes[-1].data == f"{1 << 5:02x}"
 
 
 @pytest.mark.parametrize("irqchip", ["split", "kernel"])
