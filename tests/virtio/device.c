@@ -8,6 +8,7 @@
  *   write OFFSET SIZE VALUE
  *   doorbell VALUE              a write that an ioeventfd waits for
  *   protect GPA SIZE BITS       which accesses (PROT_*) of the device to this memory do not end it
+ *   change GPA VALUE ACCESSES   64 bits of memory that change when the device has accessed their page so many times
  *   input HEX                   bytes on standard input; the answer says whether all of them were taken
  *   input_ends
  *   resize COLUMNS ROWS         of the terminal
@@ -60,6 +61,10 @@ static void protect_do(const uint64_t *argument) {
     memory_protect(argument[0], argument[1], (int)argument[2]);
     answer(true, 0);
 }
+static void change_do(const uint64_t *argument) {
+    memory_change_after(argument[0], argument[1], (unsigned)argument[2]);
+    answer(true, 0);
+}
 static void resize_do(const uint64_t *argument) {
     virtio_console_resize((uint16_t)argument[0], (uint16_t)argument[1]);
     answer(true, 0);
@@ -83,8 +88,13 @@ static const struct command {
     const char *name;
     void (*execute)(const uint64_t *argument);
 } commands[] = {
-    {"read", read_do},       {"write", write_do},   {"doorbell", doorbell_do},
-    {"protect", protect_do}, {"resize", resize_do}, {"input_ends", input_ends_do},
+    {"read", read_do},
+    {"write", write_do},
+    {"doorbell", doorbell_do},
+    {"protect", protect_do},
+    {"change", change_do},
+    {"resize", resize_do},
+    {"input_ends", input_ends_do},
 };
 
 static void command_do(char *line) {

@@ -36,7 +36,7 @@ BUFFERS_GPA = 0x40000
 
 NO_ACCESS, READ_ONLY, READ_WRITE = 0, 1, 3  # PROT_*
 
-TOO_LONG = 20.0  # for one device, in seconds: most need some milliseconds
+TOO_LONG = 60.0  # for one device, in seconds: most need some milliseconds
 
 Event = dict[str, Any]
 
@@ -104,6 +104,14 @@ class Driver:
     def guard(self, gpa: int, size: int, permitted: int) -> None:
         """From now on only such accesses of the device to these pages do not end it."""
         self._command(f"protect {gpa} {size} {permitted}")
+
+    def change(self, gpa: int, data: bytes, accesses: int) -> None:
+        """When the device has accessed this page so many times, these 8 bytes stand there, as if another CPU of the
+        guest had written them at that moment."""
+        self._command(f"change {gpa} {int.from_bytes(data, 'little')} {accesses}")
+
+    def change_nothing(self) -> None:
+        self._command("change 0 0 0")
 
     def type(self, keys: bytes) -> bool:
         """On standard input; False: some of it is still there, since the device does not want it now."""

@@ -145,7 +145,7 @@ static void go_live(uint32_t features, uint16_t size) {
 
 static void chain_offer(unsigned queue, uint16_t head) {
     gpa_t available_gpa = QUEUE_GPA(queue) + DRIVER_AREA;
-    poke16(available_gpa + 4 + 2 * (rings[queue].available % rings[queue].size), head);
+    poke16(available_gpa + 4 + UINT64_C(2) * (rings[queue].available % rings[queue].size), head);
     poke16(available_gpa + 2, ++rings[queue].available);
 }
 
@@ -293,7 +293,7 @@ static void ring_op(void) {
     uint8_t where = (uint8_t)take(1);
     unsigned queue = where & 1;
     gpa_t gpa = QUEUE_GPA(queue) + (where & 0x80 ? DEVICE_AREA : DRIVER_AREA);
-    poke16(gpa + 2 * (where >> 1 & 0x3f), (uint16_t)take_value());
+    poke16(gpa + UINT64_C(2) * (where >> 1 & 0x3f), (uint16_t)take_value());
 }
 
 /* Any descriptor. Its flags are the right ones, but for some bits. */
@@ -382,9 +382,21 @@ static void create_op(void) {
     write32(VIRTIO_MMIO_QUEUE_READY, 1);
 }
 
-static void (*const operations[])(void) = {read_op,     write_op,   poke_op,   ring_op,
-                                           describe_op, go_live_op, chain_op,  offer_op,
-                                           notify_op,   input_op,   resize_op, create_op};
+/* Another CPU of the guest writes while the device reads. */
+static void change_op(void) {
+    gpa_t gpa = take_gpa();
+    uint64_t value = take(8);
+    unsigned accesses = 1 + (unsigned)take(1) % 16;
+    if (!memory_at(gpa, sizeof value))
+        return;
+    SHOW("    after %u accesses: 0x%llx := 0x%llx\n", accesses, (unsigned long long)gpa,
+         (unsigned long long)value);
+    memory_change_after(gpa, value, accesses);
+}
+
+static void (*const operations[])(void) = {read_op,    write_op,  poke_op,  ring_op,   describe_op,
+                                           go_live_op, chain_op,  offer_op, notify_op, input_op,
+                                           resize_op,  create_op, change_op};
 
 /* ---- libFuzzer ---- */
 
@@ -411,6 +423,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
         SHOW("  operation %zu\n", operation);
         operations[operation]();
     }
+    memory_change_after(0, 0, 0);
     works_check();
     return 0;
 }

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 /* ---- the end of the process ---- */
@@ -37,19 +38,66 @@ static struct {
 
 static struct sigaction sanitizers_action;
 
+/* A page that changes under the device: no access to it is permitted, so that each is seen; the instruction is
+ * then executed alone, and after the access that was waited for the value is put there. */
+static struct {
+    gpa_t gpa;
+    uint64_t value;
+    unsigned accesses_left; /* 0: there is no such page */
+} change;
+
+#define PAGE UINT64_C(0x1000)
+#define RFLAGS_TF 0x100
+
+static void change_protect(int protection) {
+    mprotect(memory.hva + change.gpa / PAGE * PAGE, PAGE, protection);
+}
+
+void memory_change_after(gpa_t gpa, uint64_t value, unsigned accesses) {
+    assert(memory_at(gpa, sizeof value));
+    change_protect(PROT_READ | PROT_WRITE);
+    change.gpa = gpa;
+    change.value = value;
+    change.accesses_left = accesses;
+    if (accesses > 0)
+        change_protect(PROT_NONE);
+}
+
+static void trap_flag_set(void *context, bool value) {
+    greg_t *rflags = &((ucontext_t *)context)->uc_mcontext.gregs[REG_EFL];
+    *rflags = value ? *rflags | RFLAGS_TF : *rflags & ~RFLAGS_TF;
+}
+
 /* An access to a guarded page: say to which gpa, if there is one, before the sanitizer says where from. */
 static void guard_hit(int number, siginfo_t *info, void *context) {
     gpa_t gpa = (gpa_t)((uint8_t *)info->si_addr - memory.hva);
+    if (change.accesses_left && gpa / PAGE == change.gpa / PAGE) {
+        change_protect(PROT_READ | PROT_WRITE);
+        trap_flag_set(context, true);
+        return;
+    }
     if (gpa < memory.size)
         dprintf(STDERR_FILENO, "guarded: gpa 0x%" PRIx64 "\n", gpa);
     sanitizers_action.sa_sigaction(number, info, context);
 }
 
+static void access_done(int number, siginfo_t *info, void *context) {
+    (void)number, (void)info;
+    trap_flag_set(context, false);
+    change.accesses_left--;
+    if (change.accesses_left == 0)
+        memcpy(memory.hva + change.gpa, &change.value, sizeof change.value);
+    else
+        change_protect(PROT_NONE);
+}
+
 static void guard_install(void) {
-    struct sigaction action = {.sa_sigaction = guard_hit, .sa_flags = SA_SIGINFO};
+    struct sigaction hit = {.sa_sigaction = guard_hit, .sa_flags = SA_SIGINFO};
+    struct sigaction done = {.sa_sigaction = access_done, .sa_flags = SA_SIGINFO};
+    sigaction(SIGTRAP, &done, NULL);
     sigaction(SIGSEGV, NULL, &sanitizers_action);
     if (sanitizers_action.sa_flags & SA_SIGINFO) /* there is a sanitizer */
-        sigaction(SIGSEGV, &action, NULL);
+        sigaction(SIGSEGV, &hit, NULL);
 }
 
 void memory_create(int fd, uint64_t size) {
@@ -237,9 +285,9 @@ void io_lock(void) {}
 void io_unlock(void) {}
 
 static struct io_source {
-    int fd;
     void (*ready)(void *context);
     void *context;
+    int fd;
     bool enabled;
     bool is_idle; /* there was nothing when it was last looked at, and nothing has come since */
 } sources[8];
@@ -256,7 +304,7 @@ void input_create(void) {
 
 struct io_source *io_watch(int fd, bool is_input, void (*ready)(void *context), void *context) {
     assert(source_count < LENGTH(sources) && is_input == (fd == STDIN_FILENO));
-    sources[source_count] = (struct io_source){fd, ready, context, true, false};
+    sources[source_count] = (struct io_source){ready, context, fd, true, false};
     return &sources[source_count++];
 }
 

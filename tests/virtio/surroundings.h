@@ -14,6 +14,10 @@ void memory_create(int fd, uint64_t size);
 /* From now on only such accesses (PROT_*) to these pages do not end the process. */
 void memory_protect(gpa_t gpa, uint64_t size, int protection);
 
+/* When the device has accessed the page of this gpa so many times (in instructions), this value stands there, as if
+ * another CPU of the guest had written it at that moment. 0 times: there is no change any more to wait for. */
+void memory_change_after(gpa_t gpa, uint64_t value, unsigned accesses);
+
 /* The guest reads or writes value, of size bytes, in the device's registers. False: nobody claims that. */
 bool register_access(uint32_t offset, uint32_t size, bool is_write, uint64_t *value);
 

@@ -2,12 +2,8 @@
 (as before, or in need of a reset), and works again after a reset. That it touches nothing outside of guest memory, and
 comes to an end, is what its process is watched for."""
 
-import contextlib
-import itertools
-import os
 import re
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -558,43 +554,103 @@ def test_rings_that_overlap_their_buffers_harm_nobody(driver: Driver, index: int
     driver.works()
 
 
+# ---- what changes while the device reads it ----
+
+
+def halves(gpa: int, size: int, flags: int = 0, following: int = 0) -> tuple[bytes, bytes]:
+    whole = descriptor(gpa, size, flags, following)
+    return whole[:8], whole[8:]
+
+
+class Change(NamedTuple):
+    """A descriptor that is good when the device looks at it first, and what one half of it is from then on."""
+
+    half: int  # 0: addr, 1: len, flags, next
+    becomes: bytes
+
+
+END = MEMORY_END - 4  # where a good buffer of 4 bytes lies: one byte more is outside
+CHANGES = {
+    "longer": Change(1, halves(END, 0x1000)[1]),
+    "longer, and writable": Change(1, halves(END, 0x1000, DESC.WRITE)[1]),
+    "of 4 GiB": Change(1, halves(END, 0xFFFFFFFF)[1]),
+    "empty": Change(1, halves(END, 0)[1]),
+    "outside": Change(0, halves(MEMORY_END, 4)[0]),
+    "far outside": Change(0, halves(TOP - 2, 4)[0]),
+    "indirect": Change(1, halves(END, 0x1000, INDIRECT)[1]),
+    "a loop": Change(1, halves(END, 4, NEXT, 0)[1]),
+    "followed by nothing": Change(1, halves(END, 4, NEXT, 0xFFFF)[1]),
+}
+ACCESSES_MAX = 12  # instructions that a device may take to read one of them, and some more
+WHERE = ["in the queue's table", "in an indirect table", "referring to an indirect table"]
+
+
 @both_queues
-@pytest.mark.parametrize("features", [PLAIN, PLAIN | F.INDIRECT_DESC | F.EVENT_IDX], ids=["plain", "all"])
-def test_a_driver_that_writes_while_the_device_reads_harms_nobody(driver: Driver, index: int, features: int) -> None:
-    """What was checked must not be read a second time. Two good descriptors and two bad ones, in turns, in a race."""
-    good, outside = driver.writable(4) if index == RECEIVE else driver.readable(b"good"), TOP - 0x1000
-    flag = DESC.WRITE if index == RECEIVE else 0
-    table = driver.readable(descriptor(good.gpa, 4, flag) * 4)
-    entries = [
-        descriptor(good.gpa, 4, flag | NEXT, 1),
-        descriptor(outside, 4, flag | NEXT, 0xFFFF),
-        descriptor(table.gpa, 64, INDIRECT),
-        descriptor(outside, 0xFFFFFFFF, INDIRECT | NEXT, 9),
-    ]
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_descriptor_that_changes_while_it_is_read_harms_nobody(
+    driver: Driver, index: int, where: str, change: Change
+) -> None:
+    """It is read once, and what was read is checked and used."""
     queue = driver.queue(index)
-    with racing(driver, entries, [queue.descriptor_gpa, queue.descriptor_gpa + 16, table.gpa]):
-        for _ in range(200):
-            driver.go_live(features, size=N)
-            while not driver.status & S.NEEDS_RESET and queue.available < 20:
-                driver.type(b"typed")
-                queue.offer(0)
-                queue.notify()
+    flag = DESC.WRITE if index == RECEIVE else 0
+    table_gpa = driver.room(4096, align=4096)
+    changing = table_gpa if where == "in an indirect table" else queue.descriptor_gpa
+    for accesses in range(1, ACCESSES_MAX):
+        driver.go_live(PLAIN | F.INDIRECT_DESC, size=N)
+        driver.poke(table_gpa, descriptor(END, 4, flag))
+        if where == "in the queue's table":
+            queue.describe(0, END, 4, flag)
+        else:
+            queue.describe(0, table_gpa, 16, INDIRECT)
+        queue.offer(0)
+        driver.change(changing + 8 * change.half, change.becomes, accesses)
+        driver.type(bytes(4096))
+        queue.notify()
+        driver.change_nothing()
+        assert driver.status in (LIVE, BROKEN)
+        if accesses == 1:
+            assert driver.peek(changing + 8 * change.half, 8) == change.becomes, "it was looked at"
     driver.works()
 
 
-@contextlib.contextmanager
-def racing(driver: Driver, entries: list[bytes], places: list[int]) -> Iterator[None]:
-    """Another process writes these to these places, one after the other, for ever."""
-    racer = os.fork()
-    if racer == 0:
-        while True:
-            for entry, gpa in itertools.product(entries, places):
-                driver.poke(gpa, entry)
-    try:
-        yield
-    finally:
-        os.kill(racer, signal.SIGKILL)
-        os.waitpid(racer, 0)
+@both_queues
+def test_an_indirect_table_that_becomes_shorter_while_it_is_read_is_not_left(driver: Driver, index: int) -> None:
+    """It lies at the very end of memory, and its entry leads to the next, which would be outside."""
+    queue = driver.queue(index)
+    table_gpa = MEMORY_END - 16
+    driver.poke(table_gpa, descriptor(0x1000, 4, (DESC.WRITE if index == RECEIVE else 0) | NEXT, 1))
+    for accesses in range(1, ACCESSES_MAX):
+        driver.go_live(PLAIN | F.INDIRECT_DESC, size=N)
+        queue.describe(0, table_gpa, 0x1000, INDIRECT)
+        queue.offer(0)
+        driver.change(queue.descriptor_gpa + 8, halves(0, 16, INDIRECT)[1], accesses)
+        driver.type(bytes(4096))
+        queue.notify()
+        driver.change_nothing()
+        assert driver.status == BROKEN
+    driver.works()
+
+
+@both_queues
+@pytest.mark.parametrize("ring", [(0, N, 0, 0), (0, 0x8000, 0, 0), (1, 1, 0xFFFF, 0xFFFF), (0, 1, N, N)], ids=str)
+def test_an_available_ring_that_changes_while_it_is_read_harms_nobody(
+    driver: Driver, index: int, ring: tuple[int, ...]
+) -> None:
+    """Its flags, index and first two entries."""
+    queue = driver.queue(index)
+    becomes = b"".join(value.to_bytes(2, "little") for value in ring)
+    for accesses in range(1, ACCESSES_MAX):
+        driver.go_live(size=N)
+        queue.offer(queue.chain(good_buffer(driver, index)), queue.chain(good_buffer(driver, index)))
+        driver.change(queue.driver_gpa, becomes, accesses)
+        driver.type(bytes(64))
+        queue.notify()
+        driver.change_nothing()
+        assert driver.status in (LIVE, BROKEN)
+        if accesses == 1:
+            assert driver.peek(queue.driver_gpa, 8) == becomes, "it was looked at"
+    driver.works()
 
 
 # ---- all of it ----
