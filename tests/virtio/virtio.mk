@@ -7,11 +7,12 @@ SECONDS = 60
 fuzz: setup-test build-fuzz ## [SECONDS=n]  look for input that the virtio console cannot stand
 	@$(PYTHON) tests/virtio/fuzz.py $(FUZZER) $(SECONDS)
 
-# What the fuzzer has found goes into the corpus, of which what is needed stays.
+# What the fuzzer has found goes into the corpus, of which what is needed stays; files with names are made by hand.
 fuzz-corpus: build-fuzz
 	rm -rf $(BUILD)/fuzz/corpus && mkdir $(BUILD)/fuzz/corpus
 	$(FUZZER) -merge=1 -use_counters=0 $(BUILD)/fuzz/corpus tests/virtio/corpus $(BUILD)/fuzz/found
-	rm tests/virtio/corpus/* && cp $(BUILD)/fuzz/corpus/* tests/virtio/corpus
+	find tests/virtio/corpus -regextype egrep -regex '.*/[0-9a-f]{40}' -delete
+	cp $(BUILD)/fuzz/corpus/* tests/virtio/corpus
 
 .PHONY: list-clauses fuzz fuzz-corpus build-fuzz
 
