@@ -3,8 +3,8 @@
     python3 fuzz.py PROGRAM SECONDS
 
 It begins with the corpus, finds more in build/fuzz/found, and shows a crash with the operations that led there. New
-input comes into the corpus by `make fuzz-corpus`, which keeps a small set of files that reaches as much. Files that have
-names were made by hand: with them the fuzzer begins at each check of the device.
+input comes into the corpus by `make fuzz-corpus`, which keeps a small set of files that reaches as much. Files that
+have names were made by hand: with them the fuzzer begins at each check of the device.
 """
 
 import os
