@@ -62,12 +62,11 @@ def start(vmm: Path, guest: Guest) -> Start:
     @contextlib.contextmanager
     def function(case: str, *options: str) -> Iterator[Terminal]:
         master, slave = pty.openpty()
-        command = [vmm, "--time-limit=20", f"--append=case={case}", *options, guest("virtio").image]
+        command: list[str | Path] = ["setsid", "--ctty"]
+        command += [vmm, "--time-limit=20", f"--append=case={case}", *options, guest("virtio").image]
         before = termios.tcgetattr(slave)
         # With the terminal as its controlling one: Ctrl-C is a signal for it.
-        with subprocess.Popen(
-            ["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=subprocess.PIPE
-        ) as process:
+        with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=subprocess.PIPE) as process:
             try:
                 yield Terminal(process, master, slave, before)
             finally:

@@ -155,7 +155,7 @@ static void chips_create(void) {
     if (has_chips)
         return;
     has_chips = true;
-    chips[MASTER].imr = chips[SLAVE].imr = 0xff; /* until the guest begins them, nothing comes through */
+    chips[MASTER].imr = chips[SLAVE].imr = 0xff; /* nothing comes through that nobody expects */
     host_claim_pio(PIC_MASTER, 2, "pic", chip_access);
     host_claim_pio(PIC_SLAVE, 2, "pic", chip_access);
     host_claim_pio(PIC_EDGE_LEVEL, 2, "pic", edge_level_access);
