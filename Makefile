@@ -89,7 +89,13 @@ endif
 
 HEADERS = $(wildcard include/*.h)
 GUEST_HEADERS = $(HEADERS) $(wildcard guest/*.h)
-RUNTIME = $(patsubst %,$(BUILD)/guest/%.o,boot_entry boot console paging pic string trap virtio virtio_console $(RUNTIME_EXTRA))
+RUNTIME_OBJECTS = $(patsubst %,$(BUILD)/guest/%.o,boot console paging pic string trap virtio virtio_console $(RUNTIME_EXTRA))
+# What an image does not call is not in it.
+RUNTIME = $(BUILD)/guest/boot_entry.o $(BUILD)/guest/runtime.a
+
+$(BUILD)/guest/runtime.a: $(RUNTIME_OBJECTS)
+	@rm -f $@
+	ar rcs $@ $^
 
 $(BUILD)/guest/boot_entry.o: guest/boot.asm
 	@mkdir -p $(@D)
@@ -119,7 +125,7 @@ $(BUILD)/lessons/%/guest.o: $(LESSONS)/%/guest.c $(GUEST_HEADERS) Makefile
 	$(CC) $(GUEST_CFLAGS) -c $< -o $@
 
 $(BUILD)/lessons/%/image.elf: $(BUILD)/lessons/%/guest.o $(RUNTIME) guest/image.ld
-	$(CC) $(GUEST_LDFLAGS) $(filter %.o,$^) $(GUEST_LIBS) -o $@
+	$(CC) $(GUEST_LDFLAGS) $(filter %.o %.a,$^) $(GUEST_LIBS) -o $@
 
 $(BUILD)/lessons/%/host.o: $(LESSONS)/%/host.c $(HEADERS) Makefile
 	@mkdir -p $(@D)
