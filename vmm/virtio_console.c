@@ -62,15 +62,14 @@ static bool transmit_some(void) {
 }
 
 static void transmit(void *unused) {
+    bool is_full, has_more;
     (void)unused;
-    virtqueue_notify_not(&console, TRANSMIT);
-    bool is_full = transmit_some();
-    while (!is_full && virtqueue_notify_me(&console, TRANSMIT)) {
+    do {
         virtqueue_notify_not(&console, TRANSMIT);
         is_full = transmit_some();
-    }
-    io_enable(transmit_more,
-              is_full); /* it can always be read: go on when others have had their turn */
+        has_more = virtqueue_notify_me(&console, TRANSMIT);
+    } while (has_more && !is_full);
+    io_enable(transmit_more, has_more); /* it can always be read: go on when others have had their turn */
 }
 
 /* ---- receive ---- */
