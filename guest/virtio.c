@@ -8,7 +8,7 @@
 
 /* ---- finding it ---- */
 
-static char lower(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c; }
+static int lower(int c) { return c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c; }
 
 static unsigned digit_value(char c) {
     if (c >= '0' && c <= '9')
@@ -44,12 +44,9 @@ static bool character_take(const char **text, char wanted) {
 static bool size_take(const char **text, uint64_t *size) {
     if (!number_take(text, size))
         return false;
-    unsigned shift = 0;
-    switch (lower(**text)) {
-    case 'g': shift += 10; __attribute__((fallthrough));
-    case 'm': shift += 10; __attribute__((fallthrough));
-    case 'k': shift += 10; ++*text;
-    }
+    int unit = lower(**text);
+    unsigned shift = unit == 'k' ? 10 : unit == 'm' ? 20 : unit == 'g' ? 30 : 0;
+    *text += shift != 0;
     bool fits = *size <= UINT64_MAX >> shift;
     *size <<= shift;
     return fits;

@@ -39,7 +39,7 @@ static struct virtio_device console = {
 
 /* ---- transmit ---- */
 
-static struct io_source *transmit_more;
+static struct io_source *transmit_more; /* can always be read */
 
 /* As many chains as fit the queue, and no more at a time: the guest may add to it all the while, and the vCPU
  * wants the lock. */
@@ -69,7 +69,7 @@ static void transmit(void *unused) {
         is_full = transmit_some();
         has_more = virtqueue_notify_me(&console, TRANSMIT);
     } while (has_more && !is_full);
-    io_enable(transmit_more, has_more); /* it can always be read: go on when others have had their turn */
+    io_enable(transmit_more, has_more); /* go on when others have had their turn */
 }
 
 /* ---- receive ---- */
