@@ -547,7 +547,7 @@ static void broken_publish(enum broken kind, struct vring *ring) {
     for (uint16_t i = 0; kind == LEGAL_LONG && i < QUEUE_SIZE; i++)
         ring->desc[i] =
             descriptor_of(BULK_GPA + i, 1, i < QUEUE_SIZE - 1 ? VRING_DESC_F_NEXT : 0, i + 1);
-    ring->avail->ring[0] = kind == BROKEN_HEAD ? QUEUE_SIZE : 0;
+    ring->avail->ring[0] = kind == BROKEN_HEAD ? HEAD_FAR : 0;
     barrier_stores();
     ring->avail->idx = kind == BROKEN_INDEX ? QUEUE_SIZE + 1 : 1;
 }

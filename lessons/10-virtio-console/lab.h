@@ -203,10 +203,13 @@ enum listen_when {
 
 /* ---- chains that are broken ---- */
 
+/* What lies right behind the table is the available ring, which may look like a descriptor. */
+#define HEAD_FAR (QUEUE_SIZE << 10)
+
 enum broken {
     BROKEN_LOOP,
     BROKEN_NEXT,      /* a next outside the table */
-    BROKEN_HEAD,      /* a head outside the table */
+    BROKEN_HEAD,      /* a head far outside the table, where no ring lies */
     BROKEN_OUTSIDE,   /* an address behind the end of memory */
     BROKEN_STRADDLE,  /* the last bytes lie behind the end of memory */
     BROKEN_WRAP,      /* address + length is 2^64 + something */

@@ -710,6 +710,11 @@ def test_event_index_saves_kicks_and_interrupts(run: Run) -> None:
 def test_broken_chains_are_refused_and_no_others(run: Run) -> None:
     for load in run.all("load", field="outside of all rings"):
         fail(run, "the device has looked outside of the rings", near=load)
+    for call in calls(run.events, "chain_walk"):
+        for load in call.all("load"):
+            if not load.field.startswith("desc["):
+                what = "chain_walk() has looked outside of the descriptor table"
+                fail(run, f"{what}, where {load.field} lies (event {load.seq})", near=load)
     cases = [*run.all("case"), *run.all("over", of="broken")]
     for case, following in pairwise(cases):
         events = [event for event in run.events if case.seq < event.seq < following.seq]
