@@ -355,10 +355,12 @@ static void stage_full(void) {
     window_reap(QUEUE_SIZE);
 }
 
+/* Two chains are outstanding, so that the next one to come is not the last one published. */
 static void stage_listen(void) {
     struct queue *queue = &queues[RECEIVE];
     for (unsigned i = 0; i < LISTEN_CASES; i++) {
-        window_publish(RECEIVE, MESSAGE(STAGE_LISTEN, i));
+        window_publish(RECEIVE, MESSAGE(STAGE_LISTEN, 2 * i));
+        window_publish(RECEIVE, MESSAGE(STAGE_LISTEN, 2 * i + 1));
         queue->has_event_index = i % 2;
         queue_quiet(queue);
         out8(LAB_LISTEN, (uint8_t)i);
