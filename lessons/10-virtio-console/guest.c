@@ -528,7 +528,8 @@ static struct vring_desc descriptor_of(uint64_t gpa, uint32_t size, uint16_t fla
 static struct vring_desc broken_descriptor(enum broken kind) {
     uint64_t end = guest_memory_size();
     switch (kind) {
-    case BROKEN_LOOP: return descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, 0);
+    case BROKEN_LOOP:
+    case BROKEN_LONG: return descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, 0);
     case BROKEN_NEXT: return descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, QUEUE_SIZE);
     case BROKEN_OUTSIDE: return descriptor_of(end + PAGE_SIZE, 8, 0, 0);
     case BROKEN_STRADDLE: return descriptor_of(end - 8, 9, 0, 0);
@@ -541,6 +542,12 @@ static struct vring_desc broken_descriptor(enum broken kind) {
     }
 }
 
+static uint16_t broken_index(enum broken kind) {
+    if (kind == BROKEN_INDEX)
+        return QUEUE_SIZE + 1;
+    return kind == LEGAL_FULL ? QUEUE_SIZE : 1;
+}
+
 static void broken_publish(enum broken kind, struct vring *ring) {
     ring->desc[1] = broken_descriptor(kind);
     ring->desc[0] = descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, 1);
@@ -550,8 +557,12 @@ static void broken_publish(enum broken kind, struct vring *ring) {
         ring->desc[i] =
             descriptor_of(BULK_GPA + i, 1, i < QUEUE_SIZE - 1 ? VRING_DESC_F_NEXT : 0, i + 1);
     ring->avail->ring[0] = kind == BROKEN_HEAD ? HEAD_FAR : 0;
+    for (uint16_t i = 0; kind == LEGAL_FULL && i < QUEUE_SIZE; i++) {
+        ring->desc[i] = descriptor_of(BULK_GPA + i, 1, 0, 0);
+        ring->avail->ring[i] = i;
+    }
     barrier_stores();
-    ring->avail->idx = kind == BROKEN_INDEX ? QUEUE_SIZE + 1 : 1;
+    ring->avail->idx = broken_index(kind);
 }
 
 /* Until the device says that it is broken, or has used what was no more than unusual. */
@@ -685,7 +696,7 @@ static void on_the_device(void) {
     stage_run(STAGE_DOZE, stage_doze_flags, "doze: the device sleeps, by flags");
     stage_run(STAGE_EVENTS, stage_doze_events, "events: the device sleeps, by event index");
     stage_run(STAGE_COUNTS, stage_counts, "counts: notifications that were not needed");
-    stage_run(STAGE_BROKEN, stage_broken, "broken: 11 chains refused, 2 taken");
+    stage_run(STAGE_BROKEN, stage_broken, "broken: 12 cases refused, 3 taken");
     stage_run(STAGE_RESET, stage_reset, "reset: with 5 chains in flight");
     stage_run(STAGE_AGAIN, stage_again, "again: and it works as before");
     device_begin(true, ONLY(TRANSMIT));

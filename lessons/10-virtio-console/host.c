@@ -589,6 +589,11 @@ static void listen_begin(unsigned number) {
     number_record("listen", "case", number);
 }
 
+static void case_begin(uint32_t kind) {
+    ring_watch.is_meddled_with = kind == BROKEN_LONG;
+    number_record("case", "number", kind);
+}
+
 static void turn_take(void) {
     number_record("turn", "in_flight", in_flight_count[TRANSMIT] + in_flight_count[RECEIVE]);
     for (unsigned number = 0; number < QUEUES && lab_device.queue[number].ready; number++)
@@ -606,7 +611,7 @@ static void lab_write(uint64_t port, uint32_t value) {
     case LAB_HEARD: number_record("heard", "answer", value); break;
     case LAB_TURN: turn_take(); break;
     case LAB_ASK: ask_record(value % QUEUES); break;
-    case LAB_CASE: number_record("case", "number", value); break;
+    case LAB_CASE: case_begin(value); break;
     case LAB_PAINTED: lab.painted = old_memory_digest(); break;
     case LAB_ADDED: pair_record("added", "message", "head", value); break;
     case LAB_REAPED: pair_record("reaped", "head", "length", value); break;
