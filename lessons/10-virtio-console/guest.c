@@ -50,7 +50,13 @@ static inline void ring_store(void *field, size_t size, uint64_t value) {
         *(volatile any64 *)field = value;
 }
 
-/* ---- what you write ---- */
+/*
+ * ---- what you write ----
+ *
+ * With barrier_stores(), barrier_loads() and barrier_full() of virtio.h, and of linux/virtio_ring.h
+ * vring_avail_event(&queue->ring), vring_used_event(&queue->ring), which are fields to LOAD() and STORE(), and
+ * vring_need_event(event, now, before).
+ */
 
 /* The ring has just been made, and is empty: all descriptors are free. */
 static void queue_begin(struct queue *queue) {

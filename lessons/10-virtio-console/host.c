@@ -31,6 +31,8 @@ static void chain_append(struct chain *chain, void *hva, uint32_t size) {
 }
 
 /* ---- what you write: with LOAD(), STORE() and the barriers of ring.h, for what is not noted does not count ---- */
+/* barrier_stores(), barrier_loads(), barrier_full(). The fields vring_avail_event(&queue->ring) and
+ * vring_used_event(&queue->ring), and vring_need_event(event, now, before), are of linux/virtio_ring.h. */
 
 #define NOTHING (-1)    /* there is no chain to take */
 #define IMPOSSIBLE (-2) /* the driver says that there are more than a ring can hold */
