@@ -349,9 +349,14 @@ static void transmit_use_some(unsigned most) {
         interrupt_decide(TRANSMIT, before);
 }
 
-/* Bytes have come in: as many as the seed says, for the chain that has waited longest. */
+/* Bytes have come in: as many as the seed says, for the chain that has waited longest. A chain may have room for none:
+ * a driver that is broken made it so, or device_forget() has cleared it and left it in the count. */
 static void input_give(void) {
     struct chain *chain = &in_flight[RECEIVE][0];
+    if (chain_size(chain) == 0) {
+        device_use(RECEIVE, 0, 0);
+        return;
+    }
     struct bytes bytes = bytes_of(host_seed(), 1024 + lab.inputs);
     uint32_t size = 1 + draw(chain_size(chain)), left = size, digest = DIGEST_BEGIN;
     for (unsigned i = 0; i < chain->count; i++)
