@@ -19,8 +19,8 @@ MACHINES = [
 
 # A stage of lab.h, in the first run or in the second.
 WAYS = [
-    ("COM1, OUT for each byte", "bytes", 0),
-    ("COM1, REP OUTS for 16", "strings", 0),
+    ("COM1, an OUT for each byte", "bytes", 0),
+    ("COM1, a REP OUTS for 16 bytes", "strings", 0),
     ("virtio, kicks by exit", "bulk", 0),
     ("virtio, kicks by ioeventfd", "bulk", 1),
 ]

@@ -50,7 +50,13 @@ static inline void ring_store(void *field, size_t size, uint64_t value) {
         *(volatile any64 *)field = value;
 }
 
-/* ---- what you write ---- */
+/*
+ * ---- what you write ----
+ *
+ * With barrier_stores(), barrier_loads() and barrier_full() of virtio.h, and of linux/virtio_ring.h
+ * vring_avail_event(&queue->ring), vring_used_event(&queue->ring), which are fields to LOAD() and STORE(), and
+ * vring_need_event(event, now, before).
+ */
 
 /* The ring has just been made, and is empty: all descriptors are free. */
 static void queue_begin(struct queue *queue) {
@@ -355,10 +361,12 @@ static void stage_full(void) {
     window_reap(QUEUE_SIZE);
 }
 
+/* Two chains are outstanding, so that the next one to come is not the last one published. */
 static void stage_listen(void) {
     struct queue *queue = &queues[RECEIVE];
     for (unsigned i = 0; i < LISTEN_CASES; i++) {
-        window_publish(RECEIVE, MESSAGE(STAGE_LISTEN, i));
+        window_publish(RECEIVE, MESSAGE(STAGE_LISTEN, 2 * i));
+        window_publish(RECEIVE, MESSAGE(STAGE_LISTEN, 2 * i + 1));
         queue->has_event_index = i % 2;
         queue_quiet(queue);
         out8(LAB_LISTEN, (uint8_t)i);
@@ -526,7 +534,8 @@ static struct vring_desc descriptor_of(uint64_t gpa, uint32_t size, uint16_t fla
 static struct vring_desc broken_descriptor(enum broken kind) {
     uint64_t end = guest_memory_size();
     switch (kind) {
-    case BROKEN_LOOP: return descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, 0);
+    case BROKEN_LOOP:
+    case BROKEN_LONG: return descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, 0);
     case BROKEN_NEXT: return descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, QUEUE_SIZE);
     case BROKEN_OUTSIDE: return descriptor_of(end + PAGE_SIZE, 8, 0, 0);
     case BROKEN_STRADDLE: return descriptor_of(end - 8, 9, 0, 0);
@@ -539,6 +548,12 @@ static struct vring_desc broken_descriptor(enum broken kind) {
     }
 }
 
+static uint16_t broken_index(enum broken kind) {
+    if (kind == BROKEN_INDEX)
+        return QUEUE_SIZE + 1;
+    return kind == LEGAL_FULL ? QUEUE_SIZE : 1;
+}
+
 static void broken_publish(enum broken kind, struct vring *ring) {
     ring->desc[1] = broken_descriptor(kind);
     ring->desc[0] = descriptor_of(BULK_GPA, 8, VRING_DESC_F_NEXT, 1);
@@ -547,9 +562,13 @@ static void broken_publish(enum broken kind, struct vring *ring) {
     for (uint16_t i = 0; kind == LEGAL_LONG && i < QUEUE_SIZE; i++)
         ring->desc[i] =
             descriptor_of(BULK_GPA + i, 1, i < QUEUE_SIZE - 1 ? VRING_DESC_F_NEXT : 0, i + 1);
-    ring->avail->ring[0] = kind == BROKEN_HEAD ? QUEUE_SIZE : 0;
+    ring->avail->ring[0] = kind == BROKEN_HEAD ? HEAD_FAR : 0;
+    for (uint16_t i = 0; kind == LEGAL_FULL && i < QUEUE_SIZE; i++) {
+        ring->desc[i] = descriptor_of(BULK_GPA + i, 1, 0, 0);
+        ring->avail->ring[i] = i;
+    }
     barrier_stores();
-    ring->avail->idx = kind == BROKEN_INDEX ? QUEUE_SIZE + 1 : 1;
+    ring->avail->idx = broken_index(kind);
 }
 
 /* Until the device says that it is broken, or has used what was no more than unusual. */
@@ -683,7 +702,7 @@ static void on_the_device(void) {
     stage_run(STAGE_DOZE, stage_doze_flags, "doze: the device sleeps, by flags");
     stage_run(STAGE_EVENTS, stage_doze_events, "events: the device sleeps, by event index");
     stage_run(STAGE_COUNTS, stage_counts, "counts: notifications that were not needed");
-    stage_run(STAGE_BROKEN, stage_broken, "broken: 11 chains refused, 2 taken");
+    stage_run(STAGE_BROKEN, stage_broken, "broken: 12 cases refused, 3 taken");
     stage_run(STAGE_RESET, stage_reset, "reset: with 5 chains in flight");
     stage_run(STAGE_AGAIN, stage_again, "again: and it works as before");
     device_begin(true, ONLY(TRANSMIT));

@@ -31,6 +31,8 @@ static void chain_append(struct chain *chain, void *hva, uint32_t size) {
 }
 
 /* ---- what you write: with LOAD(), STORE() and the barriers of ring.h, for what is not noted does not count ---- */
+/* barrier_stores(), barrier_loads(), barrier_full(). The fields vring_avail_event(&queue->ring) and
+ * vring_used_event(&queue->ring), and vring_need_event(event, now, before), are of linux/virtio_ring.h. */
 
 #define NOTHING (-1)    /* there is no chain to take */
 #define IMPOSSIBLE (-2) /* the driver says that there are more than a ring can hold */
@@ -347,9 +349,14 @@ static void transmit_use_some(unsigned most) {
         interrupt_decide(TRANSMIT, before);
 }
 
-/* Bytes have come in: as many as the seed says, for the chain that has waited longest. */
+/* Bytes have come in: as many as the seed says, for the chain that has waited longest. A chain may have room for none:
+ * a driver that is broken made it so, or device_forget() has cleared it and left it in the count. */
 static void input_give(void) {
     struct chain *chain = &in_flight[RECEIVE][0];
+    if (chain_size(chain) == 0) {
+        device_use(RECEIVE, 0, 0);
+        return;
+    }
     struct bytes bytes = bytes_of(host_seed(), 1024 + lab.inputs);
     uint32_t size = 1 + draw(chain_size(chain)), left = size, digest = DIGEST_BEGIN;
     for (unsigned i = 0; i < chain->count; i++)
@@ -589,6 +596,11 @@ static void listen_begin(unsigned number) {
     number_record("listen", "case", number);
 }
 
+static void case_begin(uint32_t kind) {
+    ring_watch.is_meddled_with = kind == BROKEN_LONG;
+    number_record("case", "number", kind);
+}
+
 static void turn_take(void) {
     number_record("turn", "in_flight", in_flight_count[TRANSMIT] + in_flight_count[RECEIVE]);
     for (unsigned number = 0; number < QUEUES && lab_device.queue[number].ready; number++)
@@ -606,7 +618,7 @@ static void lab_write(uint64_t port, uint32_t value) {
     case LAB_HEARD: number_record("heard", "answer", value); break;
     case LAB_TURN: turn_take(); break;
     case LAB_ASK: ask_record(value % QUEUES); break;
-    case LAB_CASE: number_record("case", "number", value); break;
+    case LAB_CASE: case_begin(value); break;
     case LAB_PAINTED: lab.painted = old_memory_digest(); break;
     case LAB_ADDED: pair_record("added", "message", "head", value); break;
     case LAB_REAPED: pair_record("reaped", "head", "length", value); break;

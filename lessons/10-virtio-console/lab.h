@@ -203,10 +203,13 @@ enum listen_when {
 
 /* ---- chains that are broken ---- */
 
+/* What lies right behind the table is the available ring, which may look like a descriptor. */
+#define HEAD_FAR (QUEUE_SIZE << 10)
+
 enum broken {
     BROKEN_LOOP,
     BROKEN_NEXT,      /* a next outside the table */
-    BROKEN_HEAD,      /* a head outside the table */
+    BROKEN_HEAD,      /* a head far outside the table, where no ring lies */
     BROKEN_OUTSIDE,   /* an address behind the end of memory */
     BROKEN_STRADDLE,  /* the last bytes lie behind the end of memory */
     BROKEN_WRAP,      /* address + length is 2^64 + something */
@@ -215,7 +218,9 @@ enum broken {
     BROKEN_RECEIVE,   /* and one in the receive queue that it is to read */
     BROKEN_INDIRECT,  /* a table of descriptors, which was not agreed on */
     BROKEN_INDEX,     /* the available index has moved on by more than there are entries */
-    LEGAL_LONG,       /* not broken: all descriptors of the table in one chain */
-    LEGAL_END,        /* not broken: the last byte of memory */
+    BROKEN_LONG,      /* a loop that the driver ends when the device comes to descriptor 17 */
+    LEGAL_LONG,       /* not broken: all descriptors of the table in one chain, */
+    LEGAL_END,        /* the last byte of memory, */
+    LEGAL_FULL,       /* and as many chains as there are entries */
     BROKEN_KINDS
 };

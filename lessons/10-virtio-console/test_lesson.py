@@ -46,8 +46,13 @@ BROKEN = {
     8: "a segment in the receive queue that the device is to read",
     9: "an indirect descriptor, which was not agreed on",
     10: "an available index that has moved on by 17",
+    11: "a chain of 17 descriptors: a loop that the driver ends when the device comes to the 17th",
 }
-LEGAL = {11: (17 - 1, "a chain of all 16 descriptors"), 12: (2, "a segment that ends where memory ends")}
+LEGAL = {  # segments of each chain
+    12: ([16], "a chain of all 16 descriptors"),
+    13: ([2], "a segment that ends where memory ends"),
+    14: ([1] * 16, "a ring with 16 chains, of one descriptor each"),
+}
 BLOCKS, BLOCK_SIZE, BLOCK_STEP = 16, 4096, 8
 FEW = 4
 
@@ -408,9 +413,12 @@ class Window:
         else:
             expected, seen = 0, ring.get(AVAILABLE, FLAGS, 2)
             what = f"queue_listen() {how}: the flags of the available ring"
-        if seen != expected or not ring.asked:
-            near = ring.asked or event
-            self.find("listen", what, f"expected {expected}", f"seen     {seen}", near=near)
+        if not ring.asked:
+            field = "used_event" if by_event else "the flags of the available ring"
+            line = f"expected {field} to be stored in any case, and then a look at the used index"
+            self.find("listen", f"queue_listen() {how} has returned, and not asked for an interrupt", line, near=event)
+        elif seen != expected:
+            self.find("listen", what, f"expected {expected}", f"seen     {seen}", near=ring.asked)
         elif not ring.looked or ring.looked.seq < ring.asked.seq:
             what = f"queue_listen() {how} has asked for an interrupt (event {ring.asked.seq})"
             self.find("listen", f"{what}, and not looked at the used index after that", near=ring.asked)
@@ -498,6 +506,12 @@ class Call:
     def barriers(self, of: str) -> list[int]:
         """Where in the record such a barrier stands, or one that is more."""
         return [access.seq for access in self.all("barrier") if access.of in (of, "full")]
+
+
+def seen_barriers(events: list[Event], after: int, before: int) -> str:
+    """Which barriers stand there, for the line that says what was seen."""
+    found = {event.of for event in events if event.kind == "barrier" and after < event.seq < before}
+    return "seen     only " + ", ".join(f"barrier_{of}()" for of in sorted(found)) if found else "seen     no barrier"
 
 
 def calls(events: list[Event], function: str) -> Iterator[Call]:
@@ -595,13 +609,16 @@ def expect_index_first(run: Run, call: Call) -> None:
         fail(run, what, near=entries[0])
     if not any(index[0].seq < barrier < entries[0].seq for barrier in call.barriers("loads")):
         what = "available_take(): between the load of the index and that of the entry"
-        fail(run, what, "expected barrier_loads()", "seen     no barrier", near=entries[0])
+        seen = seen_barriers(call.accesses, index[0].seq, entries[0].seq)
+        fail(run, what, "expected barrier_loads()", seen, near=entries[0])
 
 
 def test_device_writes_the_used_index_last(run: Run) -> None:
     for call in calls(run.events, "used_put"):
         index = call.all("store", "used.idx")
         element = [store for store in call.all("store") if "ring[" in store.field]
+        for store in call.all("store", "outside of all rings"):
+            fail(run, "used_put() went outside of all rings: the ring has 16 elements", near=store)
         if not index or len(element) < 2:
             missing = "both id and len of an element" if index else "used.idx"
             fail(run, f"used_put() has not stored {missing} with STORE()", near=call.event)
@@ -610,7 +627,8 @@ def test_device_writes_the_used_index_last(run: Run) -> None:
             fail(run, f"{what} after the index that gives it to the driver (event {index[0].seq})", near=late[0])
         if not any(element[-1].seq < barrier < index[0].seq for barrier in call.barriers("stores")):
             what = "used_put(): between the stores of the element and that of the index"
-            fail(run, what, "expected barrier_stores()", "seen     no barrier", near=index[0])
+            seen = seen_barriers(call.accesses, element[-1].seq, index[0].seq)
+            fail(run, what, "expected barrier_stores()", seen, near=index[0])
     come_through(run, "messages")
 
 
@@ -650,19 +668,25 @@ def test_interrupt_is_due_when_the_driver_has_asked_for_it(run: Run) -> None:
     for decided in run.all("decided"):
         what = f"interrupt_is_due(): {asked_for(decided)}"
         expect(run, what, expected=is_due(decided), seen=bool(decided.answer), near=decided)
+    barriers = [barrier.seq for barrier in run.all("barrier", of="full")]
+    indices = [store.seq for store in run.all("store", field="used.idx")]
     for call in calls(run.events, "interrupt_is_due"):
-        barriers = [barrier.seq for barrier in call.all("barrier") if barrier.of == "full"]
         for load in call.all("load", "used_event", "avail.flags")[:1]:
-            if not any(barrier < load.seq for barrier in barriers):
+            index = max((seq for seq in indices if seq < load.seq), default=call.event.seq)
+            if not any(index < barrier < load.seq for barrier in barriers):
                 what = (
                     "interrupt_is_due(): between the store of the used index and the load of what the driver asks for"
                 )
-                fail(run, what, "expected barrier_full()", "seen     none", near=load)
+                seen = seen_barriers(run.events, index, load.seq)
+                fail(run, what, "expected barrier_full()", seen, near=load)
 
 
 def test_device_that_goes_to_sleep_misses_no_message(run: Run) -> None:
     for call in calls(run.events, "kicks_listen"):
         asked, looked = call.all("store", "used.flags", "avail_event"), call.all("load", "avail.idx")
+        if not asked and looked:
+            what = "kicks_listen() has returned, and not asked for a notification"
+            fail(run, what, "expected flags or avail_event to be stored in any case, and then a look", near=looked[0])
         if not asked:
             fail(run, "kicks_listen() has not stored flags or avail_event with STORE()", near=call.event)
         if not any(asked[-1].seq < look.seq for look in looked):
@@ -670,7 +694,8 @@ def test_device_that_goes_to_sleep_misses_no_message(run: Run) -> None:
             fail(run, f"{what}, and not looked at the available index after that", near=asked[-1])
         if not any(asked[-1].seq < barrier < looked[-1].seq for barrier in call.barriers("full")):
             what = "kicks_listen(): between the request and the look at the available index"
-            fail(run, what, "expected barrier_full()", "seen     none", near=looked[-1])
+            seen = seen_barriers(call.accesses, asked[-1].seq, looked[-1].seq)
+            fail(run, what, "expected barrier_full()", seen, near=looked[-1])
     for doze in run.all("doze"):
         what = "the device sleeps, by event index" if doze.has_event_index else "the device sleeps, by flags"
         if doze.taken != doze.available:
@@ -710,7 +735,12 @@ def test_event_index_saves_kicks_and_interrupts(run: Run) -> None:
 def test_broken_chains_are_refused_and_no_others(run: Run) -> None:
     for load in run.all("load", field="outside of all rings"):
         fail(run, "the device has looked outside of the rings", near=load)
-    cases = [*run.all("case"), *run.all("over", of="broken")]
+    for call in calls(run.events, "chain_walk"):
+        for load in call.all("load"):
+            if not load.field.startswith("desc["):
+                what = "chain_walk() has looked outside of the descriptor table"
+                fail(run, f"{what}, where {load.field} lies (event {load.seq})", near=load)
+    cases = [*run.all("case"), *(run.all("over", of="broken") or run.events[-1:])]
     for case, following in pairwise(cases):
         events = [event for event in run.events if case.seq < event.seq < following.seq]
         broken = [event for event in events if event.kind == "virtio_misuse" and event.is_broken]
@@ -718,8 +748,8 @@ def test_broken_chains_are_refused_and_no_others(run: Run) -> None:
             segments, name = LEGAL[case.number]
             if broken:
                 fail(run, f"the device refuses {name}, which is legal: {broken[0].what}", near=broken[0])
-            chain = next((event for event in events if event.kind == "chain"), case)
-            expect(run, f"{name}: segments", expected=segments, seen=chain.get("segments"), near=chain)
+            taken = [event.segments for event in events if event.kind == "chain"][: len(segments)]
+            expect(run, f"{name}: the segments of the chains taken", expected=segments, seen=taken, near=case)
         elif not broken:
             fail(run, f"the device does not refuse {BROKEN[case.number]}", near=case)
         elif "finds nothing wrong" in broken[0].what:
