@@ -38,6 +38,15 @@ def said_by(patch: Path, field: str) -> list[str]:
     return re.findall(rf"^{field}: (.*)$", patch.read_text().partition("\n--- ")[0], re.MULTILINE)
 
 
+def engines_for(number: int, engines: list[str]) -> list[str]:
+    """This machine's KVM takes all, and of several emulated engines each its turn: all of them would take ten
+    minutes more. With --engines=svm or --engines=vmx that one takes all."""
+    emulated = [engine for engine in engines if engine != "kvm"]
+    if "kvm" not in engines or len(emulated) < 2:
+        return engines
+    return ["kvm", emulated[number % len(emulated)]]
+
+
 @pytest.mark.parametrize("patch", MUTANTS, ids=lambda patch: f"{patch.parent.name}/{patch.stem}")
 def test_a_wrong_solution_is_caught_by_the_checks_it_names(
     variant: StartVariant, engines: Engines, patch: Path
@@ -48,11 +57,18 @@ def test_a_wrong_solution_is_caught_by_the_checks_it_names(
     mutant.make_all()
     # On vmx a guest that spins with interrupts off cannot be stopped (tests/deviations.toml).
     able = [engine for engine in engines if engine != "vmx" or said_by(patch, "Status") != ["4"]]
-    shown = {engine: mutant.run(engine=engine) for engine in able}
-    verdicts = {engine: expect_caught(patch, run) for engine, run in shown.items() if run.status != CANNOT}
+    chosen = engines_for(MUTANTS.index(patch), able)
+    verdicts = verdicts_on(chosen, mutant, patch)
+    if not verdicts:  # the lesson needs what only the other engine has
+        verdicts = verdicts_on([engine for engine in able if engine not in chosen], mutant, patch)
     if not verdicts:
         skip_for_want_of_an_engine(patch.parent.name)
     assert len(set(map(str, verdicts.values()))) == 1, f"the engines differ: {verdicts}"
+
+
+def verdicts_on(engines: list[str], mutant: Variant, patch: Path) -> dict[str, dict[str, bool]]:
+    shown = {engine: mutant.run(engine=engine) for engine in engines}
+    return {engine: expect_caught(patch, run) for engine, run in shown.items() if run.status != CANNOT}
 
 
 def expect_caught(patch: Path, shown: Shown) -> dict[str, bool]:
