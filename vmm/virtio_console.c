@@ -131,7 +131,6 @@ static void input_ready(void *unused) {
     if (input.first == input.end) {
         ssize_t size = read(STDIN_FILENO, input.bytes, sizeof input.bytes);
         input.at_end = size == 0 || (size < 0 && errno != EAGAIN && errno != EINTR);
-        input.first = 0;
         input.end = size > 0 ? (size_t)size : 0;
     }
     input_deliver();
@@ -197,19 +196,18 @@ static void terminal_make_raw(void) {
 }
 
 /* 80 by 25, if standard output is no terminal. */
-static void size_take(void) {
+static struct winsize terminal_size(void) {
     struct winsize size;
     bool is_known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col && size.ws_row;
-    config.cols = is_known ? size.ws_col : 80;
-    config.rows = is_known ? size.ws_row : 25;
+    return is_known ? size : (struct winsize){.ws_col = 80, .ws_row = 25};
 }
 
 static void size_changed(void *context) {
     struct signalfd_siginfo signal;
     if (read((int)(intptr_t)context, &signal, sizeof signal) != sizeof signal)
         return;
-    size_take();
-    virtio_config_changed(&console);
+    struct winsize size = terminal_size();
+    virtio_console_resize(size.ws_col, size.ws_row);
 }
 
 static void size_watch(void) {
@@ -230,7 +228,9 @@ void virtio_console_create(void) {
     input.source = io_watch(STDIN_FILENO, true, input_ready, NULL);
     device_reset();
     terminal_make_raw();
-    size_take();
+    struct winsize size = terminal_size();
+    config.cols = size.ws_col;
+    config.rows = size.ws_row;
     size_watch();
     virtio_mmio_create(&console, VIRTIO_MMIO_GPA, VIRTIO_MMIO_IRQ);
 }

@@ -35,7 +35,6 @@ static const char *chain_add(struct chain *chain, const struct vring_desc *descr
     if (descriptor->len > UINT32_MAX - chain->readable - chain->writable)
         return "a chain has 4 GiB or more";
     *total += descriptor->len;
-    chain->readable_count += !is_writable;
     chain->buffer[chain->count++] = (struct buffer){hva, descriptor->len};
     return NULL;
 }
@@ -110,7 +109,7 @@ bool virtqueue_take(struct virtio_device *device, unsigned number, struct chain 
     }
     const uint16_t *entry = &queue->ring.avail->ring[queue->next_available % queue->ring.num];
     chain->head = __atomic_load_n(entry, __ATOMIC_RELAXED);
-    chain->count = chain->readable_count = chain->readable = chain->writable = 0;
+    chain->count = chain->readable = chain->writable = 0;
     const char *wrong = chain_walk(device, queue, chain);
     if (wrong)
         virtio_break(device, number, wrong);

@@ -126,7 +126,7 @@ void pic_before_entry(void);
 /* The buffers of one chain, all of them in guest memory: first those to read, then those to write. */
 struct chain {
     uint16_t head;
-    unsigned count, readable_count;
+    unsigned count;
     struct buffer {
         uint8_t *hva;
         uint32_t size; /* bytes; not 0 */
