@@ -117,7 +117,8 @@ def test_the_terminal_is_put_back_whatever_ends_the_vmm(ending: str, irqchip: st
         assert terminal.settings != terminal.before
         end(terminal)
         seen, errors = terminal.ends()
-        assert (seen, terminal.settings) == (status, terminal.before), errors
+        assert seen == status, errors
+        assert terminal.settings == terminal.before, f"the shell gets the terminal back raw: {errors}"
 
 
 def test_the_terminal_is_put_back_by_a_vmm_that_does_not_even_begin(start: Start) -> None:
