@@ -94,6 +94,8 @@ struct done {
                                asked for; -1: there is none */
 };
 
+static const struct timespec a_while = {.tv_nsec = 2000000};
+
 /* ================================ Ports ================================ */
 
 enum {
@@ -260,6 +262,41 @@ static bool modules_load_again(const char *kvm_params, const char *vendor_params
     return modules_load(kvm_params, vendor_params);
 }
 
+/* ================================ The device for VFIO ================================ */
+
+/* QEMU's edu (its docs/specs/edu), behind an IOMMU: only the machine that has the modules has it. */
+#define EDU "/sys/bus/pci/devices/0000:00:02.0/"
+#define EDU_IDS "ids=1234:11e8"
+
+/*
+ * Of this device QEMU saves nothing: in a machine that was restored it is as new, and its registers have no address.
+ * But Linux suspends a device that nobody has opened. It saves its configuration then, and writes it back when
+ * somebody opens the device.
+ */
+static bool edu_is_suspended(void) {
+    char text[16] = "";
+    int fd = open(EDU "power/runtime_status", O_RDONLY | O_CLOEXEC);
+    ssize_t size = read(fd, text, sizeof text - 1);
+    close(fd);
+    return size > 0 && !strcmp(text, "suspended\n");
+}
+
+/* Each module needs those before it; the last takes the device. */
+static void vfio_load(void) {
+    if (access("/modules/vfio.ko", F_OK))
+        return;
+    if (!module_load("vfio", "") || !module_load("vfio_iommu_type1", "") ||
+        !module_load("vfio_virqfd", "") || !module_load("vfio-pci-core", "") ||
+        !module_load("vfio-pci", EDU_IDS))
+        broken("VFIO cannot be loaded");
+    for (int turn = 0; !edu_is_suspended(); turn++) {
+        errno = EBUSY;
+        if (turn == 1000)
+            broken("the device for VFIO is not suspended");
+        nanosleep(&a_while, NULL);
+    }
+}
+
 /* ================================ KVM's tracepoints ================================ */
 
 #define TRACING "/sys/kernel/tracing/"
@@ -320,8 +357,6 @@ static struct job job_unpack(size_t size) {
     }
     return job;
 }
-
-static const struct timespec a_while = {.tv_nsec = 2000000};
 
 /* Wait for a job with another number than the last one's. */
 static struct job job_next(void) {
@@ -464,6 +499,7 @@ int main(void) {
     vendor_module = access("/modules/kvm_amd.ko", F_OK) ? "kvm_intel" : "kvm_amd";
     if (!module_load("irqbypass", "") || !modules_load("", ""))
         broken("KVM cannot be loaded");
+    vfio_load();
     disk_command(SET_MULTIPLE_MODE, 0, BLOCK / SECTOR);
     send_bytes(READY, strlen(READY));
     is_ready = true;

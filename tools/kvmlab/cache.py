@@ -37,8 +37,11 @@ QEMU = [
     *["-chardev", "null,id=none", "-device", "isa-debugcon,iobase=0xe9,chardev=none"],
     *["-drive", "file=disk,format=raw,if=none,id=disk,werror=report"],
     *["-device", "isa-ide,id=jobs", "-device", "ide-hd,bus=jobs.0,drive=disk"],
+    # A device for VFIO, behind an IOMMU; without interrupt remapping VFIO would not take it.
+    *["-device", "intel-iommu,intremap=on", "-device", "edu,addr=2"],
 ]
-QEMU_KERNEL = f"console=ttyS0 quiet {KERNEL_OPTIONS}"
+QEMU_KERNEL = f"console=ttyS0 quiet intel_iommu=on {KERNEL_OPTIONS}"
+VFIO = ["vfio", "vfio_iommu_type1", "vfio_virqfd", "vfio-pci-core", "vfio-pci"]
 
 BOCHS = ["bochs", "-q", "-f", str(SOURCES / "bochsrc"), "-rc", str(SOURCES / "bochs.rc")]
 BOCHS_KERNEL = f"console=ttyS0,115200 loglevel=4 nosmp nokaslr audit=0 lsm=capability reboot=t {KERNEL_OPTIONS}"
@@ -57,6 +60,7 @@ class Recipe:
     packages: Sequence[str]
     options: Sequence[str]
     make: Callable[[Path, Path, Path], None]  # from kernel and initial RAM file system, in this folder
+    more_modules: Sequence[str] = ()
 
 
 def ready(engine: str) -> Path:
@@ -109,7 +113,7 @@ def _kernel_package() -> Path:
 def _key(recipe: Recipe, package: Path) -> str:
     query = ["dpkg-query", "--show", "--showformat=${Package} ${Version}\n", *recipe.packages]
     versions = subprocess.run(query, capture_output=True, check=False).stdout
-    ingredients = [versions, package.name.encode(), " ".join(recipe.options).encode()]
+    ingredients = [versions, package.name.encode(), " ".join([*recipe.options, *recipe.more_modules]).encode()]
     ingredients += [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
     return hashlib.sha256(b"\0".join(ingredients)).hexdigest()[:16]
 
@@ -177,7 +181,8 @@ def _make_files(recipe: Recipe, package: Path, scratch: Path, new: Path) -> None
     modules = scratch / "root" / "modules"
     modules.mkdir(parents=True)
     kernel = scratch / "vmlinuz"
-    members = {"irqbypass.ko": "irqbypass.ko", "kvm.ko": "kvm.ko", f"{recipe.module}.ko": "vendor.ko"}
+    members = {f"{name}.ko": f"{name}.ko" for name in ("irqbypass", "kvm", *recipe.more_modules)}
+    members |= {f"{recipe.module}.ko": "vendor.ko"}
     _unpack(package, {name: modules / own for name, own in members.items()} | {"vmlinuz": kernel})
     for name in ("kvm", "vendor"):
         (new / f"{name}.parameters").write_text("\n".join(_parameters(modules / f"{name}.ko")))
@@ -282,6 +287,6 @@ def _make_cd(kernel: Path, initrd: Path, new: Path) -> None:
 
 
 RECIPES = {
-    "svm": Recipe("svm", "kvm-amd", ["qemu-system-x86"], [*QEMU, QEMU_KERNEL], _make_snapshot),
+    "svm": Recipe("svm", "kvm-amd", ["qemu-system-x86"], [*QEMU, QEMU_KERNEL], _make_snapshot, VFIO),
     "vmx": Recipe("vmx", "kvm-intel", ["bochs", "bochsbios"], [BOCHS_KERNEL], _make_cd),
 }
