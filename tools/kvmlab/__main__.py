@@ -47,7 +47,8 @@ def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
     _must_be_writable(events)
     with _engine(lesson, arguments, f"(SEED={seed})") as engine:
-        run = runner.run_on_terminal(built, seed=seed, events=events, trace=lesson.trace, engine=engine)
+        how = {"trace": lesson.trace, "vfio": lesson.vfio}
+        run = runner.run_on_terminal(built, seed=seed, events=events, engine=engine, **how)
         if not run.events or run.status > 128:
             return run.status
         if run.lacking:

@@ -63,7 +63,8 @@ def compare(lesson: Lesson, build: Path, wanted: str, seed: int) -> Iterator[str
 
 def _run(lesson: Lesson, build: Path, machine: Machine, engine: engines.Engine, seed: int) -> Run:
     built = runner.lesson_built(build, lesson.name)
-    run = runner.run(built, machine.options, seed=seed, trace=engine.name != "kvm", engine=engine)
+    trace = engine.name != "kvm"
+    run = runner.run(built, machine.options, seed=seed, trace=trace, vfio=lesson.vfio, engine=engine)
     if run.lacking:
         raise Unable(engine.name, run.lacking)
     if runner.status_of(run, lesson):

@@ -110,7 +110,7 @@ class Svm(Emulated):
 
     def run(self, job: Job) -> Outcome:
         place = cache.ready(self.name)
-        if shared := os.environ.get(SHARED_SVM):
+        if (shared := os.environ.get(SHARED_SVM)) and not job.vfio:
             with contextlib.closing(Machine(Path(shared))) as machine:
                 return machine.run(job, self.settings(place), _show)
         try:

@@ -30,6 +30,7 @@ class Lesson:
     hints: list[Hint]
     ends: str = ""  # how a run ends that does all it should, if the VMM calls it a failure
     trace: bool = False  # record KVM's tracepoints in every run, where the engine can
+    vfio: bool = False  # each run on svm wants the device for VFIO as if nobody had used it
 
     @property
     def name(self) -> str:
@@ -57,8 +58,9 @@ class Lesson:
 def load(folder: Path) -> Lesson:
     data = tomllib.loads((folder / "lesson.toml").read_text())
     hints = [Hint(hint["task"], hint["tiers"]) for hint in data["hints"]]
-    not_on, ends, trace = data.get("not_on", {}), data.get("ends", ""), data.get("trace", False)
-    return Lesson(folder, data["title"], not_on, data["points"], hints, ends, trace)
+    not_on, ends = data.get("not_on", {}), data.get("ends", "")
+    trace, vfio = data.get("trace", False), data.get("vfio", False)
+    return Lesson(folder, data["title"], not_on, data["points"], hints, ends, trace, vfio)
 
 
 def load_all(lessons: Path) -> list[Lesson]:

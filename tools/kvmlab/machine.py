@@ -65,6 +65,9 @@ class Job:
     time_limit: float = TIME_LIMIT
     # Record KVM's tracepoints, where the engine can.
     trace: bool = False
+    # On svm, run on a machine that no other job has used. The device for VFIO cannot be reset, and of blocked DMA
+    # Linux reports only what comes first within some seconds.
+    vfio: bool = False
 
 
 @dataclass
@@ -242,12 +245,12 @@ class Machine:
         raise MachineError(f"the emulator died{self._last_words()}")
 
     def _last_words(self) -> str:
-        """What it or the machine's kernel last printed."""
+        """What it or the machine's kernel last printed; but what QEMU says before it shows all registers."""
         for name in ("emulator.log", "kernel.log"):
             path = self.folder / name
             lines = path.read_text(errors="replace").split("\n") if path.exists() else []
             if said := [line.strip() for line in lines if line.strip()]:
-                return f", saying: {said[-1]}"
+                return f", saying: {next((line for line in said if 'hardware error' in line), said[-1])}"
         return ""
 
 

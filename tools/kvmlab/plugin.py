@@ -109,7 +109,8 @@ def run(request: pytest.FixtureRequest, build: Path, lesson: Lesson, engines: di
     name, seed = request.param
     if name in lesson.not_on:
         pytest.skip(lesson.not_on[name])
-    made = runner.run(runner.lesson_built(build, lesson.name), seed=seed, trace=lesson.trace, engine=engines[name])
+    built = runner.lesson_built(build, lesson.name)
+    made = runner.run(built, seed=seed, trace=lesson.trace, vfio=lesson.vfio, engine=engines[name])
     if made.lacking:
         pytest.skip(made.lacking)
     return made
@@ -123,7 +124,8 @@ def rerun(run: Run, build: Path, lesson: Lesson, engines: dict[str, Engine]) -> 
     @functools.cache
     def rerun(*options: str) -> Run:
         built = runner.lesson_built(build, lesson.name)
-        return runner.run(built, options, seed=run.seed, trace=lesson.trace, engine=engines[run.engine])
+        trace, vfio, engine = lesson.trace, lesson.vfio, engines[run.engine]
+        return runner.run(built, options, seed=run.seed, trace=trace, vfio=vfio, engine=engine)
 
     return rerun
 

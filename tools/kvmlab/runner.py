@@ -92,21 +92,25 @@ def run(
     stdin: bytes = b"",
     time_limit: float = TIME_LIMIT,
     trace: bool = False,
+    vfio: bool = False,
     engine: Engine | None = None,
 ) -> Run:
     """Run the image to its end, with everything captured; on this machine's KVM if no engine is named."""
     engine = engine or Kvm()
     trace = trace or engine.trace
     options = [*options, f"--time-limit={time_limit}"]
-    job = _job(built, engine, options, seed, stdin=stdin, time_limit=time_limit, trace=trace)
+    job = _job(built, engine, options, seed, stdin=stdin, time_limit=time_limit, trace=trace, vfio=vfio)
     outcome = engine.run(job)
     return _run(outcome, seed, engine, _events(outcome))
 
 
-def run_on_terminal(built: Built, *, seed: int, events: Path, trace: bool = False, engine: Engine) -> Run:
+def run_on_terminal(
+    built: Built, *, seed: int, events: Path, trace: bool = False, vfio: bool = False, engine: Engine
+) -> Run:
     """Run the image with the user's own terminal as its console, and leave the events in this file."""
     options = ["--summary", f"--time-limit={TIME_LIMIT}"]
-    outcome = engine.run(_job(built, engine, options, seed, watched=True, trace=trace or engine.trace))
+    trace = trace or engine.trace
+    outcome = engine.run(_job(built, engine, options, seed, watched=True, trace=trace, vfio=vfio))
     run = _run(outcome, seed, engine, _events(outcome, events))
     sys.stdout.flush()
     sys.stderr.write(run.errors + crash_location(built, run.errors))
