@@ -1,6 +1,7 @@
 # Every command a user types; `make help` lists them. What needs more than a line is in tools/.
 
 LESSONS ?= lessons
+GUEST ?= guest
 BUILD ?= build
 PYTHON ?= /usr/bin/python3
 CC = gcc
@@ -70,11 +71,11 @@ VMM_CFLAGS = -std=gnu11 -O2 -g -fno-pie -D_GNU_SOURCE $(WARNINGS) -Iinclude
 VMM_LDFLAGS = -static -pthread
 # No SSE or x87 in the guest (nobody saves their registers in a trap), no red zone (a trap would
 # overwrite it), frame pointers for the VMM's backtraces.
-GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -Iguest -ffreestanding -fno-pic -fno-pie \
+GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -I$(GUEST) -ffreestanding -fno-pic -fno-pie \
 	-fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables \
 	-mgeneral-regs-only -mno-red-zone -fno-omit-frame-pointer -mno-omit-leaf-frame-pointer
 GUEST_LDFLAGS = -nostdlib -static -no-pie -Wl,-z,noexecstack,-z,max-page-size=4096,--build-id=none \
-	-Wl,--no-warn-rwx-segments -T guest/image.ld
+	-Wl,--no-warn-rwx-segments -T $(GUEST)/image.ld
 
 ifdef SANITIZE
 VMM_CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -88,8 +89,8 @@ RUNTIME_EXTRA = coverage
 endif
 
 HEADERS = $(wildcard include/*.h)
-GUEST_HEADERS = $(HEADERS) $(wildcard guest/*.h)
-RUNTIME_OBJECTS = $(patsubst %,$(BUILD)/guest/%.o,boot console paging pic string trap virtio virtio_console $(RUNTIME_EXTRA))
+GUEST_HEADERS = $(HEADERS) $(wildcard $(GUEST)/*.h)
+RUNTIME_OBJECTS = $(patsubst %,$(BUILD)/guest/%.o,boot console edu paging pic string trap virtio virtio_console $(RUNTIME_EXTRA))
 # What an image does not call is not in it.
 RUNTIME = $(BUILD)/guest/boot_entry.o $(BUILD)/guest/runtime.a
 
@@ -97,16 +98,16 @@ $(BUILD)/guest/runtime.a: $(RUNTIME_OBJECTS)
 	@rm -f $@
 	ar rcs $@ $^
 
-$(BUILD)/guest/boot_entry.o: guest/boot.asm
+$(BUILD)/guest/boot_entry.o: $(GUEST)/boot.asm
 	@mkdir -p $(@D)
 	$(NASM) -f elf64 -g -F dwarf $< -o $@
 
 # The counters must not count themselves: coverage.c is built without.
-$(BUILD)/guest/coverage.o: guest/coverage.c $(GUEST_HEADERS) Makefile
+$(BUILD)/guest/coverage.o: $(GUEST)/coverage.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) -DKVMLAB_COVERAGE -c $< -o $@
 
-$(BUILD)/guest/%.o: guest/%.c $(GUEST_HEADERS) Makefile
+$(BUILD)/guest/%.o: $(GUEST)/%.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_COVERAGE) -c $< -o $@
 
@@ -116,6 +117,17 @@ $(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(VMM_CFLAGS) -c $< -o $@
 
+# A device of lessons that is not one of the machine's: linked where a host half calls it.
+EDU_OBJECTS = $(patsubst %,$(BUILD)/vmm/edu/%.o,client messages model process shared_memory trace)
+
+$(EDU_OBJECTS): $(BUILD)/vmm/edu/%.o: vmm/edu/%.c $(HEADERS) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(VMM_CFLAGS) -c $< -o $@
+
+$(BUILD)/vmm/edu.a: $(EDU_OBJECTS)
+	@rm -f $@
+	ar rcs $@ $^
+
 $(BUILD)/vmm/vmm: $(VMM_OBJECTS)
 	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
@@ -124,18 +136,18 @@ $(BUILD)/lessons/%/guest.o: $(LESSONS)/%/guest.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) -c $< -o $@
 
-$(BUILD)/lessons/%/image.elf: $(BUILD)/lessons/%/guest.o $(RUNTIME) guest/image.ld
+$(BUILD)/lessons/%/image.elf: $(BUILD)/lessons/%/guest.o $(RUNTIME) $(GUEST)/image.ld
 	$(CC) $(GUEST_LDFLAGS) $(filter %.o %.a,$^) $(GUEST_LIBS) -o $@
 
 $(BUILD)/lessons/%/host.o: $(LESSONS)/%/host.c $(HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(VMM_CFLAGS) -c $< -o $@
 
-$(BUILD)/lessons/%/vmm: $(BUILD)/lessons/%/host.o $(VMM_OBJECTS)
+$(BUILD)/lessons/%/vmm: $(BUILD)/lessons/%/host.o $(VMM_OBJECTS) $(BUILD)/vmm/edu.a
 	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
 # The guests of the tests: one file each.
-$(BUILD)/tests/%.elf: tests/guests/%.c $(RUNTIME) $(GUEST_HEADERS) guest/image.ld Makefile
+$(BUILD)/tests/%.elf: tests/guests/%.c $(RUNTIME) $(GUEST_HEADERS) $(GUEST)/image.ld Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_LDFLAGS) $< $(RUNTIME) $(GUEST_LIBS) -o $@
 
@@ -151,7 +163,7 @@ $(foreach lesson,$(notdir $(wildcard $(LESSONS)/*)),$(eval $(BUILD)/lessons/$(le
 build-lesson: setup-run
 	@$(if $(LESSON),,echo "which lesson? say LESSON=n, as in: make $(firstword $(MAKECMDGOALS)) LESSON=1" >&2; exit 2)
 	@$(if $(THE_LESSON),,echo "there is no lesson $(LESSON): make list shows those there are" >&2; exit 2)
-	@$(MAKE) --no-print-directory -s BUILD=$(BUILD) LESSONS=$(LESSONS) $(call lesson_files,$(THE_LESSON))
+	@$(MAKE) --no-print-directory -s BUILD=$(BUILD) LESSONS=$(LESSONS) GUEST=$(GUEST) $(call lesson_files,$(THE_LESSON))
 
 TEST_GUESTS = $(patsubst tests/guests/%.c,$(BUILD)/tests/%.elf,$(wildcard tests/guests/*.c))
 

@@ -94,7 +94,7 @@ def test_every_check_is_proved_by_a_wrong_solution(name: str) -> None:
 def stub_lines(variant: Variant) -> dict[str, str]:
     """Where the stubs are, "file:line", and what they ask for."""
     found = {}
-    for path in variant.folder.glob("*.c"):
+    for path in variant.sources:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if task := re.search(r'TODO\("(.*)"\);', line):
                 found[f"{path}:{number}"] = task[1]
@@ -112,7 +112,7 @@ def test_the_student_version_builds_gets_no_points_and_says_where_to_begin(
     variant: StartVariant, engines: Engines, name: str
 ) -> None:
     student = variant(name)
-    for path in student.folder.glob("*.c"):
+    for path in student.sources:
         path.write_text(markers.student_version(path.read_text(), str(path)))
     student.make_all()
     runs = [shown for engine in engines if (shown := student.run(engine=engine)).status != CANNOT]
@@ -152,7 +152,7 @@ def test_points_grow_with_each_part_that_is_written(variant: StartVariant, name:
     parts = regions(name)
     earned = []
     student = variant(name)
-    pristine = {path: path.read_text() for path in student.folder.glob("*.c")}
+    pristine = {path: path.read_text() for path in student.sources}
     for written in range(len(parts) + 1):
         for path, text in pristine.items():
             path.write_text(text)

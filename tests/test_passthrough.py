@@ -1,6 +1,6 @@
-"""Lesson 11 with devices that do what they must not (`--append=device=NAME`, the lesson's lab.h), and with guests that
-do (tests/hosts/passthrough). Whatever they do, the VMM says what happened, goes on, and has lost nothing but what it
-had given away."""
+"""Lesson 11 with devices that do what they must not (`--append=device=NAME`, include/edu_behaviour.h), and with guests
+that do (tests/hosts/passthrough). Whatever they do, the VMM says what happened, goes on, and has lost nothing but what
+it had given away."""
 
 import fcntl
 import os
@@ -23,7 +23,7 @@ NAME = "11-passthrough"
 PAGE = 4096
 SHARED_SIZE = 16 * PAGE
 BUFFER, BUFFER_SIZE = 0x40000, 4096
-SCRIBBLE = 0x5A  # of process.h
+SCRIBBLE = 0x5A  # of vmm/edu/process.c
 EOPNOTSUPP = 95
 
 

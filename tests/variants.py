@@ -128,7 +128,7 @@ def server() -> Server:
 
 @dataclass(frozen=True)
 class Variant:
-    """A copy of one lesson and of what was built for it."""
+    """A copy of one lesson and of what was built for it; and of guest/, if students of the lesson write there."""
 
     home: Path
     name: str
@@ -145,6 +145,11 @@ class Variant:
     def build(self) -> Path:
         return self.home / "build"
 
+    @property
+    def sources(self) -> list[Path]:
+        """The files in which students may write, in the order of the work."""
+        return [*(self.home / name for name in load(self.folder).also), *sorted(self.folder.glob("*.c"))]
+
     def patch(self, name: str) -> None:
         """Put one of the wrong solutions of tests/mutants in the solution's place."""
         patch = ROOT / "tests" / "mutants" / self.name / f"{name}.patch"
@@ -153,7 +158,8 @@ class Variant:
         assert shown.status == 0, f"the solution has changed, and {patch} does not fit any more:\n{shown}"
 
     def make(self, *arguments: str, path: str = ENVIRONMENT["PATH"]) -> Shown:
-        return command("make", f"LESSONS={self.lessons}", f"BUILD={self.build}", *arguments, PATH=path)
+        own = [f"GUEST={self.home / 'guest'}"] if (self.home / "guest").exists() else []
+        return command("make", f"LESSONS={self.lessons}", f"BUILD={self.build}", *own, *arguments, PATH=path)
 
     def make_all(self) -> None:
         """Build it, and expect the compiler to be silent."""
@@ -191,6 +197,8 @@ def variant(solutions: Path, tmp_path: Path) -> Iterator[Callable[[str], Variant
     def start(name: str) -> Variant:
         shutil.copytree(solutions / "lessons" / name, home / "lessons" / name)
         shutil.copytree(solutions / "build", home / "build")
+        for folder in {path.split("/")[0] for path in load(home / "lessons" / name).also}:
+            shutil.copytree(ROOT / folder, home / folder)
         return Variant(home, name)
 
     yield start
@@ -203,7 +211,7 @@ _REGION = re.compile(
     r"^ */\* BEGIN SOLUTION \*/\n(?P<solution>.*?)^ */\* STUB\n(?P<stub>.*?)^ *END SOLUTION \*/\n",
     re.MULTILINE | re.DOTALL,
 )
-_FUNCTION = re.compile(r"^static [^;=]*?(\w+)\(", re.MULTILINE)
+_FUNCTION = re.compile(r"^(?:static|void|bool) [^;=]*?(\w+)\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -221,19 +229,19 @@ class Region:
 
 
 def regions(name: str) -> list[Region]:
-    """The regions of a lesson, in the order of its files."""
+    """The regions of a lesson, in the order of the work."""
     found = []
-    for path in sorted((ROOT / "lessons" / name).glob("*.c")):
+    for path in Variant(ROOT, name).sources:
         text = path.read_text()
         for match in _REGION.finditer(text):
             function = _FUNCTION.findall(text[: match.start()])[-1]
-            found.append(Region(name, path.name, function, match["solution"], match["stub"]))
+            found.append(Region(name, str(path.relative_to(ROOT)), function, match["solution"], match["stub"]))
     return found
 
 
 def write_stubs(variant: Variant, stubs: list[Region]) -> None:
     """Put stubs in these places, and solutions without markers in all others."""
     wanted = {region.stub for region in stubs}
-    for path in variant.folder.glob("*.c"):
+    for path in variant.sources:
         text = _REGION.sub(lambda match: match["stub" if match["stub"] in wanted else "solution"], path.read_text())
         path.write_text(text)

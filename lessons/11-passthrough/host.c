@@ -10,15 +10,14 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/wait.h>
+#include <unistd.h>
 
 #include "apic_registers.h"
+#include "edu_device.h"
 #include "host.h"
 #include "lab.h"
-#include "model.h"
-#include "process.h"
-#include "protocol.h"
+#include "shared_memory.h"
+#include "vfio_user.h"
 
 #define REGISTERS_SLOT (HOST_SLOT_FIRST + WINDOWS) /* yours; those before it are the windows' */
 
@@ -35,10 +34,6 @@ struct claim {
     uint64_t file_size;   /* this is the kernel's word, not the device's */
     bool is_sealed;       /* so is this: the file cannot become smaller any more */
 };
-
-/* Given below: send a message to the device's process and wait for its reply. The answer is 0, or
- * an errno. fd: a file descriptor that travels with the message; -1: none. */
-static int device_ask(enum vfio_user_command command, const void *payload, size_t size, int fd);
 
 /* ---- what you write ---- */
 
@@ -141,9 +136,10 @@ static void interrupt_connect(int fd) {
 }
 
 /*
- * Let the device reach a window, for reading and writing: VFIO_USER_DMA_MAP, with a struct
- * vfio_user_dma_map and the file that the window is a part of. The guest will tell the device gpas,
- * so the addresses of DMA must be gpas. The answer is that of device_ask().
+ * Let the device reach a window, for reading and writing: by device_ask() (edu_device.h), the message
+ * VFIO_USER_DMA_MAP with a struct vfio_user_dma_map (vfio_user.h) and the file that the window is a
+ * part of. The guest will tell the device gpas, so the addresses of DMA must be gpas. The answer is
+ * that of device_ask().
  */
 static int window_map(const struct window *window, int file) {
     /* BEGIN SOLUTION */
@@ -156,7 +152,7 @@ static int window_map(const struct window *window, int file) {
     };
     return device_ask(VFIO_USER_DMA_MAP, &map, sizeof map, file);
     /* STUB
-    (void)window, (void)file, (void)device_ask;
+    (void)window, (void)file;
     HOST_TODO("window_map: give the device this window");
     END SOLUTION */
 }
@@ -176,75 +172,28 @@ static int window_unmap(const struct window *window) {
 
 /* ---- the rest is given: the lab ---- */
 
-#define ANSWER_MS 1000 /* that the VMM waits for the device's process */
 #define CLAIMS 14
 
 static struct {
     enum form form; /* the one that the guest has to do with */
     struct trace *trace[FORMS];
-    uint32_t traced[FORMS];      /* entries that are recorded */
-    int file;                    /* of the windows */
-    uint8_t *shared;             /* all of it; there are guard pages around */
-    uint8_t before[SHARED_SIZE]; /* what was in it when it was last looked at */
+    uint32_t traced[FORMS]; /* entries that are recorded */
+    int file;               /* of the windows */
 } lab;
 
 /* ---- the windows ---- */
 
-/* Nothing of this process is next to the shared memory: who runs over its end finds out. */
-static uint8_t *shared_map(int file) {
-    uint64_t guard = 16 * PAGE_SIZE;
-    uint8_t *room =
-        mmap(NULL, SHARED_SIZE + 2 * guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (room == MAP_FAILED || mmap(room + guard, SHARED_SIZE, PROT_READ | PROT_WRITE,
-                                   MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED)
-        host_cannot("there is no memory left for the lab");
-    return room + guard;
-}
-
-static void content_fill(void) {
-    struct random content = content_stream(host_seed());
-    for (uint64_t at = 0; at < SHARED_SIZE; at += sizeof(uint64_t)) {
-        uint64_t word = random_next(&content);
-        memcpy(lab.shared + at, &word, sizeof word);
-    }
-    memcpy(lab.before, lab.shared, SHARED_SIZE);
-}
-
 static void windows_make(void) {
-    lab.file = memfd_create("windows", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (lab.file < 0 || ftruncate(lab.file, SHARED_SIZE) < 0)
-        host_cannot("it has no memory that can be shared: memfd_create() fails");
-    fcntl(lab.file, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
-    lab.shared = shared_map(lab.file);
-    content_fill();
+    lab.file = shared_memory_make(SHARED_SIZE, CONTENT_STREAM);
     for (uint32_t i = 0; i < WINDOWS; i++) {
         const struct window *window = &plan.window[i];
         struct kvm_userspace_memory_region memory = {.slot = HOST_SLOT_FIRST + i,
                                                      .guest_phys_addr = window->gpa,
                                                      .memory_size = window->size,
-                                                     .userspace_addr =
-                                                         (uintptr_t)lab.shared + window->offset};
+                                                     .userspace_addr = (uintptr_t)shared_memory() +
+                                                                       window->offset};
         host_vm(KVM_SET_USER_MEMORY_REGION, &memory);
     }
-}
-
-/* What has changed in the file since the last look: spans of bytes that differ. */
-static void changes_record(void) {
-    static uint8_t now[SHARED_SIZE];
-    memcpy(now, lab.shared, SHARED_SIZE);
-    for (uint64_t at = 0; at < SHARED_SIZE; at++) {
-        uint64_t end = at;
-        while (end < SHARED_SIZE && now[end] != lab.before[end])
-            end++;
-        if (end == at)
-            continue;
-        event_begin("changed");
-        event_hex("offset", at);
-        event_bytes("bytes", now + at, end - at);
-        event_end();
-        at = end;
-    }
-    memcpy(lab.before, now, SHARED_SIZE);
 }
 
 /* ---- the device that is emulated ---- */
@@ -307,7 +256,7 @@ static void emulated_window(const struct window *window, bool is_map) {
     struct mapping *mapping = is_map ? edu_mapping_place(&emulated, window->gpa, window->size)
                                      : edu_mapping_find(&emulated, window->gpa, window->size);
     if (mapping && is_map)
-        *mapping = (struct mapping){window->gpa, window->size, lab.shared + window->offset};
+        *mapping = (struct mapping){window->gpa, window->size, shared_memory() + window->offset};
     else if (mapping)
         edu_unmap(&emulated, mapping);
 }
@@ -315,11 +264,7 @@ static void emulated_window(const struct window *window, bool is_map) {
 /* ---- the device that is passed through: its process ---- */
 
 static struct {
-    enum { DEVICE_WAITS, DEVICE_ATTACHED, DEVICE_LOST } state;
-    pid_t pid;
-    int socket;
-    uint16_t next_id;
-    struct message reply; /* the last one */
+    bool is_attached;
     struct claim claim;
     int registers_file;
     struct doorbell doorbell[DOORBELLS_MAX];
@@ -328,153 +273,17 @@ static struct {
     bool has_interrupt;
 } device;
 
-/* The child has none of what is the VMM's alone: neither the guest's RAM nor the vCPU, not even
- * as a copy. */
-static void process_start(void) {
-    int ends[2];
-    uint64_t ram = (uint64_t)host_machine()->memory_mib << 20;
-    pid_t parent = getpid();
-    madvise(host_memory(0, ram), ram, MADV_DONTFORK);
-    madvise(host_run(), 3 * PAGE_SIZE, MADV_DONTFORK); /* KVM_GET_VCPU_MMAP_SIZE, on x86 */
-    madvise(lab.shared, SHARED_SIZE, MADV_DONTFORK);
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0)
-        host_cannot("it has no sockets for the device's process");
-    device.pid = fork();
-    if (device.pid < 0)
-        host_cannot("it cannot start the device's process");
-    if (device.pid == 0)
-        process_run(ends[1], parent, lab.trace[FORM_PASSED_THROUGH], plan.file_offset);
-    close(ends[1]);
-    device.socket = ends[0];
-}
-
-/* Kill it, wherever it is; it is gone when this returns. */
-static void process_end(void) {
-    if (device.pid > 0) {
-        kill(device.pid, SIGKILL);
-        waitpid(device.pid, NULL, 0);
-        close(device.socket);
-    }
-    device.pid = 0;
-}
-
-/* The device is of no use any more. From now on its registers read as all ones, as those of one
- * that somebody has pulled out. */
-static void device_lose(const char *why) {
+/* It is lost. From now on its registers read as all ones, as those of a device that somebody has
+ * pulled out. */
+static void registers_go(void) {
     static const uint8_t ones[PAGE_SIZE] = {[0 ... PAGE_SIZE - 1] = 0xff};
-    if (device.state == DEVICE_LOST)
-        return;
-    event_begin("lost");
-    event_string("why", why);
-    event_end();
-    process_end();
-    for (uint64_t at = 0; device.state == DEVICE_ATTACHED && at < device.claim.area_size;
-         at += PAGE_SIZE)
+    for (uint64_t at = 0; device.is_attached && at < device.claim.area_size; at += PAGE_SIZE)
         (void)!pwrite(device.registers_file, ones, PAGE_SIZE,
                       (off_t)(device.claim.file_offset + device.claim.area_offset + at));
-    device.state = DEVICE_LOST;
-}
-
-/* ---- messages ---- */
-
-static bool has_command_name(uint32_t command) {
-    return command < sizeof command_names / sizeof command_names[0] && command_names[command];
-}
-
-static void message_record(const char *kind, const struct vfio_user_header *header) {
-    event_begin(kind);
-    event_string("command",
-                 has_command_name(header->command) ? command_names[header->command] : "?");
-    event_number("error", header->error);
-    event_end();
-}
-
-/* The device wants something of the VMM, such as to move data for it. Here a device has its
- * windows, and nothing else. */
-static void request_refuse(const struct message *request) {
-    struct message answer = {.header = {.id = request->header.id,
-                                        .command = request->header.command,
-                                        .flags = VFIO_USER_REPLY | VFIO_USER_ERROR,
-                                        .error = EOPNOTSUPP}};
-    message_record("refused", &answer.header);
-    message_send(device.socket, &answer);
-}
-
-/* Of all that may come from the device, the reply to the command with this id. What it says
- * first is answered. */
-static bool reply_await(uint16_t id, uint16_t command) {
-    struct pollfd source = {.fd = device.socket, .events = POLLIN};
-    for (unsigned requests = 0; requests < 8; requests++) {
-        if (poll(&source, 1, ANSWER_MS) <= 0) {
-            device_lose("it does not answer");
-            return false;
-        }
-        if (!message_receive(device.socket, &device.reply)) {
-            device_lose(errno == EPROTO ? "what it sends is no message" : "its process has ended");
-            return false;
-        }
-        const struct vfio_user_header *header = &device.reply.header;
-        bool is_reply = header->flags & VFIO_USER_REPLY;
-        if (is_reply && header->id == id && header->command == command)
-            return true;
-        if (is_reply) {
-            device_lose("it answers what nobody has asked");
-            return false;
-        }
-        request_refuse(&device.reply);
-        message_fds_close(&device.reply);
-    }
-    device_lose("it does not answer, and asks instead");
-    return false;
-}
-
-static int device_ask(enum vfio_user_command command, const void *payload, size_t size, int fd) {
-    struct message message = {.header = {.id = ++device.next_id, .command = (uint16_t)command},
-                              .payload_size = (uint32_t)size,
-                              .fd = {fd},
-                              .fds = fd >= 0};
-    if (device.state == DEVICE_LOST || size > PAYLOAD_MAX)
-        return ENODEV;
-    message_fds_close(&device.reply);
-    memcpy(message.payload, payload, size);
-    if (!message_send(device.socket, &message)) {
-        device_lose("its process has ended");
-        return ENODEV;
-    }
-    if (!reply_await(message.header.id, message.header.command))
-        return ENODEV;
-    const struct vfio_user_header *header = &device.reply.header;
-    message_record("message", header);
-    return header->flags & VFIO_USER_ERROR ? (int)(header->error ? header->error : EIO) : 0;
-}
-
-/* The same for a message whose reply must have a payload of this size, and so many file
- * descriptors. */
-static bool device_query(enum vfio_user_command command, void *payload, size_t size, unsigned fds) {
-    if (device_ask(command, payload, size, -1) || device.reply.payload_size != size ||
-        device.reply.fds != fds) {
-        device_lose("its answer is not one");
-        return false;
-    }
-    memcpy(payload, device.reply.payload, size);
-    return true;
+    device.is_attached = false;
 }
 
 /* ---- attaching it ---- */
-
-static bool device_introduce(void) {
-    struct vfio_user_version version = {0, 1, VFIO_USER_CAPABILITIES};
-    struct vfio_user_info {
-        uint32_t argsz, flags, num_regions, num_irqs;
-    } info = {.argsz = sizeof info};
-    if (!device_query(VFIO_USER_VERSION, &version, sizeof version, 0) ||
-        !device_query(VFIO_USER_DEVICE_GET_INFO, &info, sizeof info, 0))
-        return false;
-    if (version.major != 0 || !(info.flags & VFIO_DEVICE_FLAGS_PCI) ||
-        info.num_regions <= VFIO_PCI_BAR0_REGION_INDEX || info.num_irqs <= VFIO_PCI_MSI_IRQ_INDEX)
-        device_lose("it is no PCI device with MSI");
-    return device.state != DEVICE_LOST;
-}
 
 /* What the device says of its BAR, and what the kernel says of the file. */
 static bool device_claim(struct claim *claim) {
@@ -487,7 +296,7 @@ static bool device_claim(struct claim *claim) {
         device_lose("its answer is not one");
         return false;
     }
-    device.registers_file = dup(device.reply.fd[0]);
+    device.registers_file = dup(device_reply()->fd[0]);
     int seals = fcntl(device.registers_file, F_GET_SEALS);
     *claim = (struct claim){
         .flags = region.info.flags,
@@ -574,7 +383,7 @@ static bool device_registers(void) {
 /* In the BAR, and not in the part that is memory: there no write would leave the guest. */
 static bool doorbell_is_sound(const struct doorbell *doorbell) {
     uint64_t end = device.claim.area_offset + device.claim.area_size;
-    return doorbell->type == 0 && doorbell->size == 4 && doorbell->fd_index < device.reply.fds &&
+    return doorbell->type == 0 && doorbell->size == 4 && doorbell->fd_index < device_reply()->fds &&
            doorbell->flags == DOORBELL_FLAGS && doorbell->offset >= end &&
            doorbell->offset <= EDU_BAR_SIZE - 4;
 }
@@ -589,7 +398,7 @@ static void device_doorbells(void) {
             return;
         }
         device.doorbell[i] = io.doorbell[i];
-        device.doorbell_fd[i] = dup(device.reply.fd[io.doorbell[i].fd_index]);
+        device.doorbell_fd[i] = dup(device_reply()->fd[io.doorbell[i].fd_index]);
         device.doorbells++;
     }
     for (unsigned i = 0; i < device.doorbells; i++)
@@ -609,11 +418,10 @@ static void device_interrupt(void) {
 }
 
 static void device_attach(void) {
-    if (device.state != DEVICE_WAITS || !device_introduce())
+    if (device.is_attached || device_is_lost() || !device_introduce())
         return;
     claims_try();
-    if (device_registers())
-        device.state = DEVICE_ATTACHED;
+    device.is_attached = device_registers();
 }
 
 static void device_window(const struct window *window, bool is_map) {
@@ -634,15 +442,8 @@ static void device_access(struct access *access) {
     memcpy(&value, access->data, access->size);
     for (unsigned i = 0; i < device.doorbells; i++)
         if (device.doorbell[i].offset == offset && device.doorbell[i].datamatch == value &&
-            device.state == DEVICE_ATTACHED)
+            device.is_attached)
             eventfd_write(device.doorbell_fd[i], 1);
-}
-
-/* Is it still there? */
-static void device_look(void) {
-    struct pollfd source = {.fd = device.socket, .events = POLLIN};
-    if (device.state == DEVICE_ATTACHED && poll(&source, 1, 0) > 0 && (source.revents & POLLHUP))
-        device_lose("its process has ended");
 }
 
 /* ---- what is recorded ---- */
@@ -650,42 +451,6 @@ static void device_look(void) {
 static const char *const form_names[FORMS] = {"emulated", "passed through"};
 static const char *const stage_names[STAGES] = {
     "attached", "read", "probed", "raised", "factorial", "dma", "outside", "unmapped", "hostile"};
-
-static void entry_record(enum form form, const struct trace_entry *shared) {
-    static const char *const kinds[TRACE_KINDS] = {"act", "interrupt", "dma", "map", "unmap"};
-    static const char *const results[RESULTS] = {"done", "not mapped", "outside its buffer",
-                                                 "cancelled", "refused"};
-    struct trace_entry entry = *shared; /* the other process may write to it meanwhile */
-    if (entry.kind >= TRACE_KINDS || entry.result >= RESULTS)
-        return;
-    event_begin("device");
-    event_string("form", form_names[form]);
-    event_string("what", kinds[entry.kind]);
-    if (entry.kind == TRACE_ACT) {
-        event_hex("register", entry.number);
-        event_hex("value", entry.value);
-    } else if (entry.kind == TRACE_INTERRUPT) {
-        event_hex("status", entry.number);
-    } else {
-        event_hex("address", entry.address);
-        event_hex("size", entry.size);
-        event_hex("offset", entry.offset);
-        if (entry.kind == TRACE_DMA)
-            event_number("is_to_ram", (entry.number & EDU_DMA_TO_RAM) != 0);
-        event_string("result", results[entry.result]);
-    }
-    event_end();
-}
-
-/* What the device has done since the last time. */
-static void trace_record(enum form form) {
-    struct trace *trace = lab.trace[form];
-    uint32_t count = __atomic_load_n(&trace->count, __ATOMIC_SEQ_CST);
-    if (count > TRACE_MAX)
-        count = TRACE_MAX;
-    for (; lab.traced[form] < count; lab.traced[form]++)
-        entry_record(form, &trace->entry[lab.traced[form]]);
-}
 
 /* The registers as they are, whatever the guest sees of them. */
 static void registers_record(enum form form) {
@@ -710,8 +475,8 @@ static void ram_record(void) {
 
 static void stage_record(enum stage stage) {
     char when[48];
-    trace_record(lab.form);
-    changes_record();
+    trace_record(lab.trace[lab.form], &lab.traced[lab.form], form_names[lab.form]);
+    shared_memory_changes_record();
     snprintf(when, sizeof when, "%s, %s", form_names[lab.form], stage_names[stage]);
     event_begin("stage");
     event_string("form", form_names[lab.form]);
@@ -781,7 +546,7 @@ static void window_access(uint8_t number, bool is_map) {
 }
 
 static void connection_make(uint8_t connection) {
-    if (lab.form == FORM_EMULATED || device.state != DEVICE_ATTACHED)
+    if (lab.form == FORM_EMULATED || !device.is_attached)
         return;
     if (connection == CONNECT_DOORBELLS && device.doorbells == 0)
         device_doorbells();
@@ -795,7 +560,7 @@ static void attach_access(struct access *access) {
         if (lab.form == FORM_PASSED_THROUGH)
             device_attach();
     } else if (!access->is_write) {
-        access->data[0] = lab.form == FORM_EMULATED || device.state == DEVICE_ATTACHED;
+        access->data[0] = lab.form == FORM_EMULATED || device.is_attached;
     }
 }
 
@@ -830,13 +595,14 @@ static void lab_setup(void) {
     plan = plan_make(host_seed());
     plan_record();
     for (unsigned i = 0; i < FORMS; i++) {
-        lab.trace[i] = mmap(NULL, sizeof *lab.trace[i], PROT_READ | PROT_WRITE,
-                            MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-        if (lab.trace[i] == MAP_FAILED)
+        lab.trace[i] = trace_make();
+        if (!lab.trace[i])
             host_cannot("there is no memory left for the lab");
     }
     windows_make();
-    process_start();
+    device_start(
+        &(struct process_home){lab.trace[FORM_PASSED_THROUGH], plan.file_offset, NULL, NULL},
+        shared_memory(), SHARED_SIZE, registers_go);
     emulated_make();
     host_claim_pio(LAB_DEVICE, LAB_PORTS, "lab", lab_access);
     host_claim_mmio(plan.bar_gpa[FORM_EMULATED], EDU_BAR_SIZE, "edu, emulated", emulated_access);
@@ -845,8 +611,8 @@ static void lab_setup(void) {
 }
 
 static void lab_end(void) {
-    trace_record(lab.form);
-    process_end();
+    trace_record(lab.trace[lab.form], &lab.traced[lab.form], form_names[lab.form]);
+    device_end();
 }
 
 const struct host_half host_half = {.setup = lab_setup, .end = lab_end};

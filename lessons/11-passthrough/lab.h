@@ -7,7 +7,8 @@
 
 #include <stdint.h>
 
-#include "edu.h"
+#include "edu_behaviour.h"
+#include "edu_registers.h"
 #include "random.h"
 #include "x86.h"
 
@@ -19,7 +20,8 @@ enum form {
 };
 
 /* Ports. Bytes, but where it says 32 bits. */
-#define LAB_DEVICE 0x600  /* OUT: enum behaviour of the device process; before LAB_ATTACH */
+#define LAB_DEVICE \
+    0x600 /* OUT: enum behaviour (edu_behaviour.h) of the device process; before LAB_ATTACH */
 #define LAB_ATTACH 0x601  /* OUT: enum form: there is to be such a device. IN: is there one? */
 #define LAB_STAGE 0x602   /* OUT: "look at me now", enum stage */
 #define LAB_MAP 0x603     /* OUT: the number of a window: the device may reach it */
@@ -57,6 +59,7 @@ enum stage {
 #define WINDOWS 2
 #define SHARED_PAGES 16 /* of the file; what no window has belongs to nobody here */
 #define SHARED_SIZE (SHARED_PAGES * PAGE_SIZE)
+#define CONTENT_STREAM 2 /* of random numbers: what is in it at the beginning */
 
 /* RAM of the guest that no device is given. A driver with a bug may name it all the same. */
 #define VICTIM_GPA (UINT64_C(12) << 20)
@@ -86,32 +89,6 @@ struct plan {
     uint32_t factorial[FORMS][FACTORIALS];
     uint32_t raise[FORMS][RAISES];
     struct transfer transfer[FORMS][TRANSFERS];
-};
-
-/* What a device process may do that it should not: `--append=device=NAME` chooses one. */
-enum behaviour {
-    DEVICE_GOOD,
-    DEVICE_DIES,      /* when it is to compute */
-    DEVICE_HANGS,     /* the same */
-    DEVICE_MUMBLES,   /* what is in its answers is garbage */
-    DEVICE_BABBLES,   /* and what it sends is no message at all */
-    DEVICE_IS_SILENT, /* and not at all */
-    DEVICE_BOASTS,    /* claims registers beyond the end of its file */
-    DEVICE_SHRINKS,   /* its file may become smaller, and does */
-    DEVICE_STRAYS,    /* wants its doorbell outside of its BAR */
-    DEVICE_STORMS,    /* interrupts without end */
-    DEVICE_ASKS,      /* asks the VMM to move data for it, outside of its windows */
-    DEVICE_SCRIBBLES, /* writes to all of the file that it was given a part of */
-    DEVICE_IDLES,     /* takes a second for a transfer */
-    BEHAVIOURS,
-};
-
-static const char *const behaviour_names[BEHAVIOURS] = {
-    [DEVICE_GOOD] = "good",       [DEVICE_DIES] = "dies",       [DEVICE_HANGS] = "hangs",
-    [DEVICE_MUMBLES] = "mumbles", [DEVICE_BABBLES] = "babbles", [DEVICE_IS_SILENT] = "silent",
-    [DEVICE_BOASTS] = "boasts",   [DEVICE_SHRINKS] = "shrinks", [DEVICE_STRAYS] = "strays",
-    [DEVICE_STORMS] = "storms",   [DEVICE_ASKS] = "asks",       [DEVICE_SCRIBBLES] = "scribbles",
-    [DEVICE_IDLES] = "idles",
 };
 
 static inline void plan_windows(struct plan *plan, struct random *random) {
@@ -164,6 +141,3 @@ static inline struct plan plan_make(uint64_t seed) {
     }
     return plan;
 }
-
-/* What is in the shared file at the beginning: 64 bits at a time. */
-static inline struct random content_stream(uint64_t seed) { return random_stream(seed, 2); }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ class Lesson:
     ends: str = ""  # how a run ends that does all it should, if the VMM calls it a failure
     trace: bool = False  # record KVM's tracepoints in every run, where the engine can
     vfio: bool = False  # each run on svm wants the device for VFIO as if nobody had used it
+    also: Sequence[str] = ()  # files outside of its folder in which students write, from the project's root
 
     @property
     def name(self) -> str:
@@ -59,8 +61,8 @@ def load(folder: Path) -> Lesson:
     data = tomllib.loads((folder / "lesson.toml").read_text())
     hints = [Hint(hint["task"], hint["tiers"]) for hint in data["hints"]]
     not_on, ends = data.get("not_on", {}), data.get("ends", "")
-    trace, vfio = data.get("trace", False), data.get("vfio", False)
-    return Lesson(folder, data["title"], not_on, data["points"], hints, ends, trace, vfio)
+    trace, vfio, also = data.get("trace", False), data.get("vfio", False), data.get("also", [])
+    return Lesson(folder, data["title"], not_on, data["points"], hints, ends, trace, vfio, also)
 
 
 def load_all(lessons: Path) -> list[Lesson]:

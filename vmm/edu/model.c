@@ -1,81 +1,16 @@
 /*
- * The device itself: what it does when a register that acts has been written to. It is the same in
- * both forms. They differ in where the registers are (a page of the VMM, or one that the guest has
- * as memory), in who calls edu_act() (the VMM at an exit, or the device's own process when a
+ * The edu device: what it does when a register that acts has been written to. It is the same in the
+ * VMM and in a process of its own. They differ in where the registers are (a page of the VMM, or one
+ * that the guest has as memory), in who calls edu_act() (the VMM at an exit, or the process when a
  * doorbell rings), and in how an interrupt leaves.
  *
  * Whoever writes to the registers or asks for DMA is hostile: each field is read once, and an
  * address becomes a pointer in edu_reach() alone.
  */
-#pragma once
-
-#include <stdbool.h>
-#include <stdint.h>
 #include <string.h>
 
-#include "edu.h"
+#include "edu_device.h"
 #include "x86.h"
-
-/* ---- what it has done, for the VMM to record ---- */
-
-enum trace_kind { TRACE_ACT, TRACE_INTERRUPT, TRACE_DMA, TRACE_MAP, TRACE_UNMAP, TRACE_KINDS };
-enum trace_result {
-    RESULT_DONE,
-    RESULT_NOT_MAPPED,     /* nobody has given the device this memory */
-    RESULT_OUTSIDE_BUFFER, /* not in its own buffer either */
-    RESULT_CANCELLED,      /* the memory was taken away before it got that far */
-    RESULT_REFUSED,
-    RESULTS,
-};
-
-struct trace_entry {
-    uint32_t kind, result;
-    uint32_t
-        number;     /* of the register that acts; the interrupt status; the command of a transfer */
-    uint32_t value; /* of that register */
-    uint64_t address, size,
-        offset; /* of DMA, or of what is mapped; in the device's buffer, or in the file */
-};
-
-#define TRACE_MAX 256
-
-/* Shared with the VMM, so that it can look into the device. The course has this; no other VMM
- * does. */
-struct trace {
-    uint32_t count; /* of all; those beyond TRACE_MAX are not kept */
-    uint32_t behaviour;
-    struct trace_entry entry[TRACE_MAX];
-    uint8_t buffer[EDU_BUFFER_SIZE];
-};
-
-static void trace_add(struct trace *trace, struct trace_entry entry) {
-    if (trace->count < TRACE_MAX)
-        trace->entry[trace->count] = entry;
-    trace->count++;
-}
-
-/* ---- the device ---- */
-
-#define MAPPINGS_MAX 4
-
-struct mapping {
-    uint64_t iova, size; /* size 0: none */
-    uint8_t *memory;
-};
-
-struct transfer_state {
-    bool is_running;
-    uint32_t command;
-    uint64_t iova, buffer, count;
-};
-
-struct edu {
-    uint8_t *registers; /* a page */
-    struct trace *trace;
-    struct mapping mapping[MAPPINGS_MAX];
-    struct transfer_state transfer;
-    void (*interrupt)(void);
-};
 
 static uint32_t *edu_register(const struct edu *edu, unsigned offset) {
     return (uint32_t *)(void *)(edu->registers + offset);
@@ -101,7 +36,7 @@ static void edu_clear_bits(const struct edu *edu, unsigned offset, uint32_t bits
     __atomic_fetch_and(edu_register(edu, offset), ~bits, __ATOMIC_SEQ_CST);
 }
 
-static void edu_reset(const struct edu *edu) {
+void edu_reset(const struct edu *edu) {
     memset(edu->registers, 0, PAGE_SIZE);
     edu_set(edu, EDU_ID, 0x01000000 | EDU_ID_VALUE);
 }
@@ -129,12 +64,14 @@ static void edu_factorial(const struct edu *edu, uint32_t number) {
 
 /* ---- DMA ---- */
 
-/* The memory at [iova, iova + size), or NULL if not all of it lies in one mapping. */
-static uint8_t *edu_reach(const struct edu *edu, uint64_t iova, uint64_t size) {
+/* The memory at [iova, iova + *size). Without an IOMMU: NULL if not all of it lies in one mapping. */
+static uint8_t *edu_reach(const struct edu *edu, uint64_t iova, uint64_t *size, bool is_write) {
+    if (edu->reach)
+        return edu->reach(iova, size, is_write);
     for (unsigned i = 0; i < MAPPINGS_MAX; i++) {
         const struct mapping *mapping = &edu->mapping[i];
-        if (mapping->size && size <= mapping->size && iova >= mapping->iova &&
-            iova - mapping->iova <= mapping->size - size)
+        if (mapping->size && *size <= mapping->size && iova >= mapping->iova &&
+            iova - mapping->iova <= mapping->size - *size)
             return mapping->memory + (iova - mapping->iova);
     }
     return NULL;
@@ -154,7 +91,6 @@ static void edu_transfer_end(struct edu *edu, enum trace_result result) {
         edu_raise(edu, EDU_INTERRUPT_DMA);
 }
 
-/* Start one. It is done when the form of the device calls edu_transfer(). */
 static void edu_transfer_start(struct edu *edu, uint32_t command) {
     bool is_to_ram = command & EDU_DMA_TO_RAM;
     uint64_t source = edu_get64(edu, EDU_DMA_SOURCE);
@@ -170,25 +106,32 @@ static void edu_transfer_start(struct edu *edu, uint32_t command) {
     };
 }
 
-/* The driver is not told how it went: it never is, by edu. */
-static void edu_transfer(struct edu *edu) {
+/* Piece by piece; the first that it cannot reach ends it. */
+static enum trace_result edu_move(const struct edu *edu, uint8_t *buffer) {
     const struct transfer_state *transfer = &edu->transfer;
-    uint64_t offset = transfer->buffer - EDU_BUFFER;
-    uint8_t *memory = edu_reach(edu, transfer->iova, transfer->count);
-    if (transfer->count > EDU_BUFFER_SIZE || offset > EDU_BUFFER_SIZE - transfer->count) {
-        edu_transfer_end(edu, RESULT_OUTSIDE_BUFFER);
-    } else if (!memory) {
-        edu_transfer_end(edu, RESULT_NOT_MAPPED);
-    } else {
-        uint8_t *buffer = edu->trace->buffer + offset;
-        bool is_to_ram = transfer->command & EDU_DMA_TO_RAM;
-        memcpy(is_to_ram ? memory : buffer, is_to_ram ? buffer : memory, transfer->count);
-        edu_transfer_end(edu, RESULT_DONE);
-    }
+    bool is_to_ram = transfer->command & EDU_DMA_TO_RAM;
+    uint64_t done = 0;
+    do {
+        uint64_t size = transfer->count - done;
+        uint8_t *memory = edu_reach(edu, transfer->iova + done, &size, is_to_ram);
+        if (!memory)
+            return RESULT_NOT_MAPPED;
+        memcpy(is_to_ram ? memory : buffer + done, is_to_ram ? buffer + done : memory, size);
+        done += size;
+    } while (done < transfer->count);
+    return RESULT_DONE;
 }
 
-/* A place for a mapping; NULL if there is none, or if it would overlap another. */
-static struct mapping *edu_mapping_place(struct edu *edu, uint64_t iova, uint64_t size) {
+void edu_transfer(struct edu *edu) {
+    const struct transfer_state *transfer = &edu->transfer;
+    uint64_t offset = transfer->buffer - EDU_BUFFER;
+    bool is_inside =
+        transfer->count <= EDU_BUFFER_SIZE && offset <= EDU_BUFFER_SIZE - transfer->count;
+    edu_transfer_end(edu, is_inside ? edu_move(edu, edu->trace->buffer + offset)
+                                    : RESULT_OUTSIDE_BUFFER);
+}
+
+struct mapping *edu_mapping_place(struct edu *edu, uint64_t iova, uint64_t size) {
     struct mapping *place = NULL;
     if (size == 0 || iova + size < iova)
         return NULL;
@@ -202,17 +145,14 @@ static struct mapping *edu_mapping_place(struct edu *edu, uint64_t iova, uint64_
     return place;
 }
 
-/* The mapping of just this address and size. */
-static struct mapping *edu_mapping_find(struct edu *edu, uint64_t iova, uint64_t size) {
+struct mapping *edu_mapping_find(struct edu *edu, uint64_t iova, uint64_t size) {
     for (unsigned i = 0; i < MAPPINGS_MAX; i++)
         if (edu->mapping[i].size && edu->mapping[i].iova == iova && edu->mapping[i].size == size)
             return &edu->mapping[i];
     return NULL;
 }
 
-/* Forget a mapping. A transfer that is under way there is given up first: when this returns, the
- * device touches that memory no more. */
-static void edu_unmap(struct edu *edu, struct mapping *mapping) {
+void edu_unmap(struct edu *edu, struct mapping *mapping) {
     const struct transfer_state *transfer = &edu->transfer;
     bool is_concerned = transfer->is_running && transfer->iova >= mapping->iova &&
                         transfer->iova - mapping->iova < mapping->size;
@@ -223,12 +163,10 @@ static void edu_unmap(struct edu *edu, struct mapping *mapping) {
 
 /* ---- registers that act ---- */
 
-static const uint16_t edu_acting[] = {EDU_INTERRUPT_ACKNOWLEDGE, EDU_LIVENESS, EDU_FACTORIAL,
-                                      EDU_INTERRUPT_RAISE, EDU_DMA_COMMAND};
-#define EDU_ACTING (sizeof edu_acting / sizeof edu_acting[0])
+const uint16_t edu_acting[EDU_ACTING] = {EDU_INTERRUPT_ACKNOWLEDGE, EDU_LIVENESS, EDU_FACTORIAL,
+                                         EDU_INTERRUPT_RAISE, EDU_DMA_COMMAND};
 
-/* This register has been written to. */
-static void edu_act(struct edu *edu, unsigned offset) {
+void edu_act(struct edu *edu, unsigned offset) {
     uint32_t value = edu_get(edu, offset);
     trace_add(edu->trace,
               (struct trace_entry){.kind = TRACE_ACT, .number = offset, .value = value});

@@ -1,39 +1,41 @@
 /*
  * The device in a process of its own: it answers the VMM's messages, and acts when a doorbell
  * rings. It has no more of the machine than what it is given: its registers, which it makes itself,
- * and the files that come with messages.
+ * and the files that come with messages; behind an IOMMU, the memory to which that leads it.
  *
- * What it may do wrong (enum behaviour in lab.h) is here, too, for the tests.
+ * What it may do wrong (enum behaviour) is here, too, for the tests.
  */
-#pragma once
-
+#include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
-#include "lab.h"
-#include "model.h"
-#include "protocol.h"
+#include "edu_device.h"
+#include "x86.h"
 
 #define IDLE_MS 1000 /* edu takes 100 for a transfer, this one takes what it needs */
 #define SCRIBBLE_BYTE 0x5a
 
 static struct {
     struct edu edu;
+    struct process_home home;
     int socket, file;
-    uint64_t file_offset; /* of the registers in the file; they are its last page */
     int doorbell[EDU_ACTING];
-    int interrupt; /* an eventfd, from DEVICE_SET_IRQS; -1: none */
-    int dma_file;  /* the last one that it was given a part of; kept to misuse it */
+    /* Eventfds, from DEVICE_SET_IRQS; -1: none. There is a message, or a line, or neither. */
+    int message, line, line_unmask;
+    bool line_is_masked;
+    int dma_file; /* the first one that it was given a part of; kept to misuse it */
     uint64_t transfer_due_ms;
-} process = {.interrupt = -1, .dma_file = -1};
+} process = {.message = -1, .line = -1, .line_unmask = -1, .dma_file = -1};
 
-/* 0 for what is no file. */
-static uint64_t file_size(int fd) {
+uint64_t file_size(int fd) {
     struct stat status;
     return fstat(fd, &status) == 0 && S_ISREG(status.st_mode) ? (uint64_t)status.st_size : 0;
 }
@@ -48,11 +50,39 @@ static uint64_t process_clock_ms(void) {
     return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
 }
 
+/* ---- interrupts ---- */
+
+/*
+ * A line is asserted as long as there is something in the interrupt status, but an eventfd has no
+ * level. So it is signalled once, and the line masked, until somebody who has done something about
+ * it unmasks it: as vfio-pci has it for a line of a PCI device.
+ */
+static void line_signal(void) {
+    uint32_t status;
+    memcpy(&status, process.edu.registers + EDU_INTERRUPT_STATUS, sizeof status);
+    if (process.line < 0 || process.line_is_masked || status == 0)
+        return;
+    process.line_is_masked = true;
+    eventfd_write(process.line, 1);
+}
+
+static void line_mask(bool is_masked) {
+    process.line_is_masked = is_masked;
+    line_signal();
+}
+
+static void line_unmask_answer(void) {
+    eventfd_t signals;
+    if (eventfd_read(process.line_unmask, &signals) == 0)
+        line_mask(false);
+}
+
 static void process_interrupt(void) {
-    if (process.interrupt >= 0)
-        eventfd_write(process.interrupt, 1);
-    while (process_is(DEVICE_STORMS) && process.interrupt >= 0)
-        eventfd_write(process.interrupt, 1);
+    line_signal();
+    if (process.message >= 0)
+        eventfd_write(process.message, 1);
+    while (process_is(DEVICE_STORMS) && process.message >= 0)
+        eventfd_write(process.message, 1);
 }
 
 /* ---- doorbells ---- */
@@ -121,7 +151,7 @@ static int answer_region(struct message *reply) {
                  .index = VFIO_PCI_BAR0_REGION_INDEX,
                  .cap_offset = offsetof(struct vfio_user_region, header),
                  .size = EDU_BAR_SIZE,
-                 .offset = process.file_offset},
+                 .offset = process.home.file_offset},
         .header = {.id = VFIO_REGION_INFO_CAP_SPARSE_MMAP, .version = 1},
         .nr_areas = 1,
         .area = {.offset = 0, .size = process_is(DEVICE_BOASTS) ? 16 * PAGE_SIZE : PAGE_SIZE},
@@ -151,16 +181,53 @@ static int answer_io_fds(struct message *reply) {
     return 0;
 }
 
+static void fd_replace(int *fd, int with) {
+    if (*fd >= 0)
+        close(*fd);
+    *fd = with;
+}
+
+/* A message or a line: the other one must have been taken away before. */
+static int interrupt_set(uint32_t index, int fd) {
+    bool is_message = index == VFIO_PCI_MSI_IRQ_INDEX;
+    if (fd >= 0 && (is_message ? process.line : process.message) >= 0)
+        return EINVAL;
+    fd_replace(is_message ? &process.message : &process.line, fd);
+    process.line_is_masked = false;
+    line_signal();
+    return 0;
+}
+
+/* The line is the only interrupt that can be masked. */
+static int line_set(uint32_t flags, int fd) {
+    if (process.line < 0)
+        return EINVAL;
+    if (flags & VFIO_IRQ_SET_DATA_EVENTFD)
+        fd_replace(&process.line_unmask, fd);
+    else
+        line_mask(flags & VFIO_IRQ_SET_ACTION_MASK);
+    return 0;
+}
+
+/* As VFIO_DEVICE_SET_IRQS: "Without an eventfd" and a count of 0 take the interrupt away. */
 static int answer_set_irqs(struct message *command) {
     struct vfio_irq_set set;
     memcpy(&set, command->payload, sizeof set);
-    if (set.flags != (VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER) ||
-        set.index != VFIO_PCI_MSI_IRQ_INDEX || set.start != 0 || set.count != 1 ||
-        command->fds != 1)
+    uint32_t data = set.flags & VFIO_IRQ_SET_DATA_TYPE_MASK;
+    uint32_t action = set.flags & VFIO_IRQ_SET_ACTION_TYPE_MASK;
+    bool has_fd = data == VFIO_IRQ_SET_DATA_EVENTFD;
+    bool is_line = set.index == VFIO_PCI_INTX_IRQ_INDEX;
+    if (data & VFIO_IRQ_SET_DATA_BOOL || set.start != 0 || set.count > 1 ||
+        command->fds != has_fd || (!is_line && set.index != VFIO_PCI_MSI_IRQ_INDEX))
         return EINVAL;
-    process.interrupt = command->fd[0];
-    command->fds = 0; /* it stays open */
-    return 0;
+    int fd = has_fd ? command->fd[0] : -1, error = EINVAL;
+    if (action == VFIO_IRQ_SET_ACTION_TRIGGER && set.count == has_fd)
+        error = interrupt_set(set.index, fd);
+    else if (is_line && set.count == 1 && !(has_fd && action == VFIO_IRQ_SET_ACTION_MASK))
+        error = line_set(set.flags, fd);
+    if (!error)
+        command->fds = 0; /* it stays open */
+    return error;
 }
 
 static int answer_map(const struct message *command) {
@@ -188,6 +255,10 @@ static int answer_map(const struct message *command) {
 static int answer_unmap(const struct message *command) {
     struct vfio_user_dma_unmap unmap;
     memcpy(&unmap, command->payload, sizeof unmap);
+    if (process.home.unmap) {
+        process.home.unmap(unmap.addr, unmap.size);
+        return 0;
+    }
     struct mapping *mapping = edu_mapping_find(&process.edu, unmap.addr, unmap.size);
     if (!mapping)
         return ENOENT;
@@ -285,10 +356,11 @@ static void process_leave_home(int socket, pid_t parent) {
 /* The file ends with the page of the registers. */
 static bool process_registers_make(void) {
     process.file = memfd_create("edu", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (process.file < 0 || ftruncate(process.file, (off_t)(process.file_offset + PAGE_SIZE)) < 0)
+    if (process.file < 0 ||
+        ftruncate(process.file, (off_t)(process.home.file_offset + PAGE_SIZE)) < 0)
         return false;
     process.edu.registers = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, process.file,
-                                 (off_t)process.file_offset);
+                                 (off_t)process.home.file_offset);
     if (process.edu.registers == MAP_FAILED)
         return false;
     edu_reset(&process.edu);
@@ -304,27 +376,31 @@ static int transfer_wait_ms(void) {
 }
 
 static void process_serve(void) {
-    struct pollfd sources[1 + EDU_ACTING] = {{.fd = process.socket, .events = POLLIN}};
+    enum { SOCKET = EDU_ACTING, UNMASK, SOURCES };
+    struct pollfd source[SOURCES] = {[SOCKET] = {.fd = process.socket, .events = POLLIN}};
     for (unsigned i = 0; i < EDU_ACTING; i++)
-        sources[1 + i] = (struct pollfd){.fd = process.doorbell[i], .events = POLLIN};
+        source[i] = (struct pollfd){.fd = process.doorbell[i], .events = POLLIN};
     for (;;) {
-        poll(sources, 1 + EDU_ACTING, transfer_wait_ms());
+        source[UNMASK] = (struct pollfd){.fd = process.line_unmask, .events = POLLIN};
+        poll(source, SOURCES, transfer_wait_ms());
         for (unsigned i = 0; i < EDU_ACTING; i++)
-            if (sources[1 + i].revents)
+            if (source[i].revents)
                 doorbell_answer(i);
-        if (sources[0].revents)
+        if (source[UNMASK].revents)
+            line_unmask_answer();
+        if (source[SOCKET].revents)
             message_answer();
         if (transfer_wait_ms() == 0)
             edu_transfer(&process.edu);
     }
 }
 
-static _Noreturn void process_run(int socket, pid_t parent, struct trace *trace,
-                                  uint64_t file_offset) {
+_Noreturn void process_run(int socket, int32_t parent, const struct process_home *home) {
     process_leave_home(socket, parent);
-    process.edu.trace = trace;
+    process.home = *home;
+    process.edu.trace = home->trace;
+    process.edu.reach = home->reach;
     process.edu.interrupt = process_interrupt;
-    process.file_offset = file_offset;
     for (unsigned i = 0; i < EDU_ACTING; i++)
         process.doorbell[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (!process_registers_make())
