@@ -25,6 +25,8 @@
  *             KVM_RUN has failed, since the host has no memory behind a slot. gpa (absent where KVM does
  *             not say)
  *   slot      the host half sets a memory slot: slot, gpa, size (0x0: it is removed), flags (KVM_MEM_*)
+ *   route     the host half lets a GSI stand for a message (KVM_SET_GSI_ROUTING, KVM_IRQ_ROUTING_MSI):
+ *             gsi, address, data
  *   inject    the host half puts an event into the guest: type ("interrupt", "nmi", "exception"), vector,
  *             error_code (absent if there is none); and of the last exit rip, symbol, if_flag, ready
  *             (kvm_run's ready_for_interrupt_injection, which says nothing of a local APIC in the kernel)

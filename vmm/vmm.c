@@ -1884,10 +1884,27 @@ static void slot_admit(const struct kvm_userspace_memory_region *region) {
     event_end();
 }
 
+/* Nothing else shows what is in a message: KVM takes any address for one to a local APIC. */
+static void messages_record(const struct kvm_irq_routing *table) {
+    for (uint32_t i = 0; i < table->nr; i++) {
+        const struct kvm_irq_routing_entry *entry = &table->entries[i];
+        if (entry->type != KVM_IRQ_ROUTING_MSI)
+            continue;
+        event_begin("route");
+        event_number("gsi", entry->gsi);
+        event_hex("address", (uint64_t)entry->u.msi.address_hi << 32 | entry->u.msi.address_lo);
+        event_hex("data", entry->u.msi.data);
+        event_end();
+    }
+}
+
 int host_vm_ioctl(unsigned long request, const char *name, void *argument) {
     if (request == KVM_SET_USER_MEMORY_REGION)
         slot_admit(argument);
-    return ioctl_or_die(machine.vm, request, name, argument);
+    int answer = ioctl_or_die(machine.vm, request, name, argument);
+    if (request == KVM_SET_GSI_ROUTING)
+        messages_record(argument);
+    return answer;
 }
 
 /* KVM counts for its own ends, and does not stop: what one run leaves is not what the next will. */
