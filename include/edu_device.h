@@ -85,6 +85,9 @@ struct edu {
     struct transfer_state transfer;
     /* There is something in the interrupt status: called at each cause, old or new. */
     void (*interrupt)(void);
+    /* Called when this register is to act, before it does: a device takes its time. NULL: this one does
+     * not. */
+    void (*delay)(unsigned offset);
     /* The way to memory: the hva of [iova, iova + *size) for reading or writing, or NULL. It may make
      * *size smaller: then the rest is asked for next. Where this is NULL, the mappings are the way. */
     uint8_t *(*reach)(uint64_t iova, uint64_t *size, bool is_write);

@@ -170,6 +170,8 @@ void edu_act(struct edu *edu, unsigned offset) {
     uint32_t value = edu_get(edu, offset);
     trace_add(edu->trace,
               (struct trace_entry){.kind = TRACE_ACT, .number = offset, .value = value});
+    if (edu->delay)
+        edu->delay(offset);
     switch (offset) {
     case EDU_LIVENESS: edu_set(edu, offset, ~value); break;
     case EDU_FACTORIAL: edu_factorial(edu, value); break;

@@ -21,6 +21,9 @@
 #include "x86.h"
 
 #define IDLE_MS 1000 /* edu takes 100 for a transfer, this one takes what it needs */
+/* A driver that takes an answer for granted is to find out, and not once in a while. */
+#define LIVENESS_MS 5
+#define ACKNOWLEDGE_MS 2
 #define SCRIBBLE_BYTE 0x5a
 
 static struct {
@@ -103,6 +106,13 @@ static void process_misbehave(void) {
         pause();
     if (process_is(DEVICE_SHRINKS))
         (void)!ftruncate(process.file, 0);
+}
+
+static void process_delay(unsigned offset) {
+    if (offset == EDU_LIVENESS)
+        poll(NULL, 0, LIVENESS_MS);
+    else if (offset == EDU_INTERRUPT_ACKNOWLEDGE)
+        poll(NULL, 0, ACKNOWLEDGE_MS);
 }
 
 static void doorbell_answer(unsigned number) {
@@ -234,8 +244,9 @@ static int answer_map(const struct message *command) {
     struct vfio_user_dma_map map;
     memcpy(&map, command->payload, sizeof map);
     struct mapping *place = edu_mapping_place(&process.edu, map.addr, map.size);
-    if (command->fds != 1 || map.flags != (VFIO_USER_DMA_READABLE | VFIO_USER_DMA_WRITEABLE) ||
-        map.addr % PAGE_SIZE || map.size % PAGE_SIZE || map.offset % PAGE_SIZE)
+    if (command->fds != 1 || map.argsz != sizeof map ||
+        map.flags != (VFIO_USER_DMA_READABLE | VFIO_USER_DMA_WRITEABLE) || map.addr % PAGE_SIZE ||
+        map.size % PAGE_SIZE || map.offset % PAGE_SIZE)
         return EINVAL;
     if (!place)
         return EEXIST;
@@ -260,6 +271,8 @@ static int answer_unmap(const struct message *command) {
         return 0;
     }
     struct mapping *mapping = edu_mapping_find(&process.edu, unmap.addr, unmap.size);
+    if (unmap.argsz != sizeof unmap || unmap.flags)
+        return EINVAL;
     if (!mapping)
         return ENOENT;
     munmap(mapping->memory, mapping->size);
@@ -401,6 +414,7 @@ _Noreturn void process_run(int socket, int32_t parent, const struct process_home
     process.edu.trace = home->trace;
     process.edu.reach = home->reach;
     process.edu.interrupt = process_interrupt;
+    process.edu.delay = process_delay;
     for (unsigned i = 0; i < EDU_ACTING; i++)
         process.doorbell[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (!process_registers_make())
