@@ -114,11 +114,12 @@ static inline void plan_transfers(struct plan *plan, struct random *random, enum
     }
 }
 
-/* 13 is the first whose factorial does not fit 32 bits, and from 34 on all that is left of it is
- * 0. */
+/* A driver may name the BAR as an address of DMA: what EDU_DMA_MASK leaves of it is below the windows
+ * or above them. 13 is the first whose factorial does not fit 32 bits, and from 34 on all that is
+ * left of it is 0. */
 static inline void plan_form(struct plan *plan, struct random *random, enum form form) {
     plan->bar_gpa[form] =
-        UINT64_C(0xd0000000) + EDU_BAR_SIZE * (UINT64_C(64) * form + random_below(random, 64));
+        UINT64_C(0xd0000000) + EDU_BAR_SIZE * (UINT64_C(192) * form + random_below(random, 64));
     plan->liveness[form] = (uint32_t)random_next(random);
     for (unsigned i = 0; i < FACTORIALS; i++)
         plan->factorial[form][i] = (uint32_t)(3 + 5 * i + random_below(random, 5));
