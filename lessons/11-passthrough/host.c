@@ -172,7 +172,8 @@ static int window_unmap(const struct window *window) {
 
 /* ---- the rest is given: the lab ---- */
 
-#define CLAIMS 14
+#define CLAIMS 20 /* not a multiple of CLAIMS_STEP */
+#define CLAIMS_STEP 3
 
 static struct {
     enum form form; /* the one that the guest has to do with */
@@ -324,11 +325,13 @@ static void claim_record(const struct claim *claim, const char *whose, bool is_s
     event_end();
 }
 
-/* A claim that somebody might make; the first two are sound. */
+/* A claim that somebody might make; the first three are sound. Each of the others breaks one condition:
+ * who looks at all the others alone takes it for sound. */
 static struct claim claim_make(struct random *random, unsigned number) {
-    uint64_t pages = 1 + random_below(random, 3);
-    uint64_t before = random_below(random, 4);
-    uint64_t in_bar = random_below(random, 4);
+    uint64_t pages = 2 + random_below(random, 3);
+    uint64_t before = 1 + random_below(random, 4);
+    uint64_t in_bar = 1 + random_below(random, 4);
+    uint64_t odd = 8 * (1 + random_below(random, 100));
     struct claim claim = {.flags = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE |
                                    VFIO_REGION_INFO_FLAG_MMAP,
                           .size = EDU_BAR_SIZE,
@@ -341,18 +344,24 @@ static struct claim claim_make(struct random *random, unsigned number) {
     case 1:
         claim.area_offset = claim.size - claim.area_size, claim.file_size = 2 * claim.size;
         break;
-    case 2: claim.file_size -= PAGE_SIZE; break;
-    case 3: claim.file_size = 0; break;
-    case 4: claim.file_offset = 0 - PAGE_SIZE * (in_bar + pages); break;
-    case 5: claim.area_offset = 0 - PAGE_SIZE * pages, claim.file_size = 2 * claim.size; break;
-    case 6: claim.size = claim.area_offset + claim.area_size - PAGE_SIZE; break;
-    case 7: claim.size *= 2; break;
-    case 8: claim.area_size = 0; break;
-    case 9: claim.area_size -= 8 * (1 + random_below(random, 100)); break;
-    case 10: claim.file_offset += 512, claim.file_size += PAGE_SIZE; break;
-    case 11: claim.flags &= ~VFIO_REGION_INFO_FLAG_MMAP; break;
-    case 12: claim.flags &= ~VFIO_REGION_INFO_FLAG_WRITE; break;
-    case 13: claim.is_sealed = false; break;
+    case 2: claim.area_offset = claim.file_offset = 0, claim.file_size = claim.area_size; break;
+    case 3: claim.file_size -= PAGE_SIZE; break;
+    case 4: claim.file_size = 0; break;
+    case 5: claim.file_offset = 0 - PAGE_SIZE * (in_bar + pages); break;
+    case 6: claim.area_offset = 0 - PAGE_SIZE * pages, claim.file_size = 2 * claim.size; break;
+    case 7: claim.size = claim.area_offset + claim.area_size - PAGE_SIZE; break;
+    case 8: claim.area_offset = 0, claim.size = claim.area_size - PAGE_SIZE; break;
+    case 9: claim.size *= 2; break;
+    case 10: claim.area_size = 0; break;
+    case 11: claim.area_size -= odd; break;
+    case 12: claim.area_offset -= odd; break;
+    case 13: claim.area_offset -= odd, claim.area_size += odd; break;
+    case 14: claim.area_offset -= odd, claim.file_offset += odd; break;
+    case 15: claim.file_offset -= odd; break;
+    case 16: claim.flags &= ~VFIO_REGION_INFO_FLAG_READ; break;
+    case 17: claim.flags &= ~VFIO_REGION_INFO_FLAG_WRITE; break;
+    case 18: claim.flags &= ~VFIO_REGION_INFO_FLAG_MMAP; break;
+    case 19: claim.is_sealed = false; break;
     default: break;
     }
     return claim;
@@ -363,7 +372,7 @@ static void claims_try(void) {
     struct random random = random_stream(host_seed(), 3);
     unsigned first = (unsigned)random_below(&random, CLAIMS);
     for (unsigned i = 0; i < CLAIMS; i++) {
-        struct claim claim = claim_make(&random, (first + 3 * i) % CLAIMS);
+        struct claim claim = claim_make(&random, (first + CLAIMS_STEP * i) % CLAIMS);
         claim_record(&claim, "a device that might be", claim_is_sound(&claim));
     }
 }

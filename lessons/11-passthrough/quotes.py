@@ -42,6 +42,7 @@ def quotes(run: Run) -> list[str]:
         f"`expected {windows[0].offset:#x}`, `seen 0`",
         f"`seen {windows[0].offset:#x}`",
         *(f"an offset such as {event.area_offset:#x}" for event in run.all("claim") if event.area_offset >> 63),
+        *(f"in the file)` with {event.file_offset:#x}" for event in run.all("claim") if event.file_offset >> 63),
     ]
 
 
