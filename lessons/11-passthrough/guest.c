@@ -55,19 +55,30 @@ static _Noreturn void fail(const char *what) {
 
 static void stage(enum stage number) { out8(LAB_STAGE, (uint8_t)number); }
 
+/* What else was mapped into the BAR: two words of it tell where it begins and ends. */
+static void part_read(const struct edu *edu) {
+    unsigned first = (unsigned)plan.part.area_offset, size = (unsigned)plan.part.area_size;
+    out32(LAB_PART, edu_read(edu, first));
+    out32(LAB_PART, edu_read(edu, first + size - 4));
+}
+
 static struct edu *attach(enum form form) {
     struct edu *edu = &devices[form];
     form_now = form;
     out8(LAB_ATTACH, (uint8_t)form);
     if (!in8(LAB_ATTACH))
         fail("there is no such device");
+    if (form == FORM_PASSED_THROUGH)
+        part_read(edu);
     stage(STAGE_ATTACHED);
     return edu;
 }
 
 static void work_read(const struct edu *edu) {
+    uint32_t id = 0;
     for (unsigned i = 0; i < READS; i++)
-        edu_read(edu, EDU_ID);
+        id = edu_read(edu, EDU_ID);
+    out32(LAB_ID, id);
     stage(STAGE_READ);
 }
 

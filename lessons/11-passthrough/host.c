@@ -19,7 +19,8 @@
 #include "shared_memory.h"
 #include "vfio_user.h"
 
-#define REGISTERS_SLOT (HOST_SLOT_FIRST + WINDOWS) /* yours; those before it are the windows' */
+#define REGISTERS_SLOT (HOST_SLOT_FIRST + WINDOWS) /* those before it are the windows' */
+#define PART_SLOT (REGISTERS_SLOT + 1)
 
 static struct plan plan;
 
@@ -66,24 +67,25 @@ static bool claim_is_sound(const struct claim *claim) {
 }
 
 /*
- * Make the registers the guest's memory: map the part of the file that holds them (mmap), and let a
- * memory slot, number REGISTERS_SLOT, show it to the guest at its place in the BAR, which begins at
+ * Make registers the guest's memory: map the part of the file that holds them (mmap), and let the
+ * memory slot of this number show it to the guest at its place in the BAR, which begins at
  * plan.bar_gpa[FORM_PASSED_THROUGH]. The claim is sound. What the guest writes is for the device
- * to see.
+ * to see. (If mmap fails, there is nothing to do: KVM refuses such a slot, and host_vm() ends the
+ * run.)
  */
-static void registers_map(const struct claim *claim, int fd) {
+static void registers_map(const struct claim *claim, int fd, uint32_t slot) {
     /* BEGIN SOLUTION */
     void *hva = mmap(NULL, claim->area_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
                      (off_t)(claim->file_offset + claim->area_offset));
     struct kvm_userspace_memory_region registers = {
-        .slot = REGISTERS_SLOT,
+        .slot = slot,
         .guest_phys_addr = plan.bar_gpa[FORM_PASSED_THROUGH] + claim->area_offset,
         .memory_size = claim->area_size,
         .userspace_addr = (uintptr_t)hva,
     };
     host_vm(KVM_SET_USER_MEMORY_REGION, &registers);
     /* STUB
-    (void)claim, (void)fd;
+    (void)claim, (void)fd, (void)slot;
     HOST_TODO("registers_map: map the registers, and make them a slot");
     END SOLUTION */
 }
@@ -377,13 +379,33 @@ static void claims_try(void) {
     }
 }
 
+/* Its registers are at the beginning of the BAR. This part is not, and has more than a page. */
+static void part_try(void) {
+    struct claim claim = claim_make(&(struct random){0}, 0);
+    claim.area_offset = plan.part.area_offset;
+    claim.area_size = plan.part.area_size;
+    claim.file_offset = plan.part.file_offset;
+    claim.file_size = claim.file_offset + claim.area_offset + claim.area_size;
+    uint32_t words = (uint32_t)claim.file_size / sizeof(uint32_t);
+    uint32_t *content = calloc(words, sizeof *content);
+    int file = memfd_create("part", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    for (uint32_t i = 0; content && i < words; i++)
+        content[i] = i * (uint32_t)sizeof *content;
+    if (!content || write(file, content, claim.file_size) != (ssize_t)claim.file_size ||
+        fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK) < 0)
+        host_cannot("it has no memory that can be shared: memfd_create() fails");
+    free(content);
+    registers_map(&claim, file, PART_SLOT);
+    close(file);
+}
+
 static bool device_registers(void) {
     if (!device_claim(&device.claim))
         return false;
     bool is_sound = claim_is_sound(&device.claim);
     claim_record(&device.claim, "this device", is_sound);
     if (is_sound)
-        registers_map(&device.claim, device.registers_file);
+        registers_map(&device.claim, device.registers_file, REGISTERS_SLOT);
     else
         device_lose("claim_is_sound() says no");
     return is_sound;
@@ -431,6 +453,8 @@ static void device_attach(void) {
         return;
     claims_try();
     device.is_attached = device_registers();
+    if (device.is_attached)
+        part_try();
 }
 
 static void device_window(const struct window *window, bool is_map) {
@@ -533,6 +557,11 @@ static void form_record(enum form form) {
 static void plan_record(void) {
     for (enum form form = 0; form < FORMS; form++)
         form_record(form);
+    event_begin("part");
+    event_hex("area_offset", plan.part.area_offset);
+    event_hex("area_size", plan.part.area_size);
+    event_hex("file_offset", plan.part.file_offset);
+    event_end();
     for (unsigned i = 0; i < WINDOWS; i++) {
         event_begin("window");
         event_number("window", i);
@@ -591,7 +620,7 @@ static void lab_write(uint64_t port, uint8_t value) {
     }
 }
 
-/* (What goes to LAB_RESULT and LAB_SUM is in the record already, as an exit.) */
+/* (What goes to LAB_RESULT and the like is in the record already, as an exit.) */
 static void lab_access(struct access *access) {
     device_look();
     if (access->address == LAB_ATTACH)

@@ -30,7 +30,9 @@ enum form {
 #define LAB_CONNECT 0x606 /* OUT: enum connection: from now on there is to be one */
 #define LAB_RESULT 0x608  /* OUT, 32 bits: a factorial that the driver has fetched */
 #define LAB_SUM 0x60c     /* OUT, 32 bits: the sum of the bytes that a transfer has brought */
-#define LAB_PORTS 16
+#define LAB_ID 0x610      /* OUT, 32 bits: what the id register is for the guest */
+#define LAB_PART 0x614    /* OUT, 32 bits: the first and the last word of struct part */
+#define LAB_PORTS 32
 
 enum connection {
     CONNECT_DOORBELLS, /* from the guest to the device */
@@ -71,6 +73,13 @@ struct window {
     uint64_t offset;    /* in the file */
 };
 
+/* A part of the BAR of a device that might be: to see that any part can be mapped. The 32-bit words of
+ * its file are their own offsets there. */
+struct part {
+    uint64_t area_offset, area_size; /* in the BAR; behind the doorbell */
+    uint64_t file_offset;            /* of the BAR, in the file, which ends with the part */
+};
+
 /* From the first window into the device's buffer, and from there to the second. */
 struct transfer {
     uint32_t from, to; /* in the windows */
@@ -88,6 +97,7 @@ struct plan {
     uint32_t liveness[FORMS];
     uint32_t factorial[FORMS][FACTORIALS];
     uint32_t raise[FORMS][RAISES];
+    struct part part;
     struct transfer transfer[FORMS][TRANSFERS];
 };
 
@@ -128,6 +138,12 @@ static inline void plan_form(struct plan *plan, struct random *random, enum form
     plan_transfers(plan, random, form);
 }
 
+static inline void plan_part(struct plan *plan, struct random *random) {
+    plan->part.area_offset = PAGE_SIZE * (16 + random_below(random, 8));
+    plan->part.area_size = PAGE_SIZE * (2 + random_below(random, 2));
+    plan->part.file_offset = PAGE_SIZE * (1 + random_below(random, 3));
+}
+
 static inline struct plan plan_make(uint64_t seed) {
     struct random random = random_stream(seed, 1);
     struct plan plan = {0};
@@ -140,5 +156,6 @@ static inline struct plan plan_make(uint64_t seed) {
         plan.vector[form] = (uint8_t)(base + 16 * form);
         plan_form(&plan, &random, form);
     }
+    plan_part(&plan, &random);
     return plan;
 }

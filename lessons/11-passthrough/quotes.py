@@ -41,8 +41,23 @@ def quotes(run: Run) -> list[str]:
         f"`expected [{tasks['passed through'].value:#x}]`",
         f"`expected {windows[0].offset:#x}`, `seen 0`",
         f"`seen {windows[0].offset:#x}`",
+        *part(run),
         *(f"an offset such as {event.area_offset:#x}" for event in run.all("claim") if event.area_offset >> 63),
         *(f"in the file)` with {event.file_offset:#x}" for event in run.all("claim") if event.file_offset >> 63),
+    ]
+
+
+def part(run: Run) -> list[str]:
+    """Where it is in its file, and where a guest ends up that leaves out one of the offsets."""
+    (of_file,) = run.all("part")
+    ends = [0, of_file.area_size - 4]
+    right, without_file_offset, without_area_offset = (
+        f"[{', '.join(hex(begin + end) for end in ends)}]"
+        for begin in (of_file.file_offset + of_file.area_offset, of_file.area_offset, of_file.file_offset)
+    )
+    return [
+        f"`expected {right}`. Without `file_offset`: `seen     {without_file_offset}`",
+        f"without `area_offset`: `seen     {without_area_offset}`",
     ]
 
 

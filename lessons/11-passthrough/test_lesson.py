@@ -51,8 +51,9 @@ ACTING = (LIVENESS, FACTORIAL, RAISE, ACKNOWLEDGE, COMMAND)
 STATUS_INTERRUPT, INTERRUPT_FACTORIAL, INTERRUPT_DMA = 0x80, 1, 0x100
 START, TO_RAM, INTERRUPTS = 1, 2, 4
 MASK = (1 << 32) - 1
-RESULT_PORT, SUM_PORT = 0x608, 0x60C
-REGISTERS_SLOT = 4
+RESULT_PORT, SUM_PORT, ID_PORT, PART_PORT = 0x608, 0x60C, 0x610, 0x614
+REGISTERS_SLOT, PART_SLOT = 4, 5
+EDU_ID = 0x010000ED  # of vmm/edu/model.c
 RAM_SAFE = "the guest's RAM, which no device was given, is as it was"
 
 
@@ -418,19 +419,40 @@ def test_claims_are_believed_only_if_they_are_sound(run: Run, passed: Form) -> N
     require(run, "claim_is_sound() is asked about the device that is there", "claim", whose="this device")
 
 
+def expect_slot(passed: Form, what: str, number: int, part: Event) -> None:
+    __tracebackhide__ = True
+    slot = require(passed.run, what, "slot", slot=number)
+    expect(passed.run, what + ": gpa", expected=passed.bar + part.area_offset, seen=slot.gpa, near=slot)
+    expect(passed.run, what + ": size", expected=part.area_size, seen=slot.size, near=slot)
+
+
+def expect_part(passed: Form) -> None:
+    """It lies somewhere else in its BAR, and is larger."""
+    __tracebackhide__ = True
+    run = passed.run
+    part = require(run, "the lab is set up", "part")
+    what = "the slot in which the guest has a part that does not begin where its BAR does"
+    expect_slot(passed, what, PART_SLOT, part)
+    begin = part.file_offset + part.area_offset
+    seen = [event for event in run.all("exit") if event.get("port") == PART_PORT]
+    values = [int.from_bytes(bytes.fromhex(event.data), "little") for event in seen]
+    what = "which words of the file the guest finds at the beginning and at the end of this part, by their offsets"
+    expect(run, what, expected=[begin, begin + part.area_size - 4], seen=values, near=seen[0] if seen else None)
+
+
 def expect_registers(passed: Form) -> None:
     __tracebackhide__ = True
     run = passed.run
     claim = require(run, "what the device claims", "claim", whose="this device")
-    what = "the slot in which the guest has the device's registers"
-    slot = require(run, what, "slot", slot=REGISTERS_SLOT)
-    expect(run, what + ": gpa", expected=passed.bar + claim.area_offset, seen=slot.gpa, near=slot)
-    expect(run, what + ": size", expected=claim.area_size, seen=slot.size, near=slot)
+    expect_slot(passed, "the slot in which the guest has the device's registers", REGISTERS_SLOT, claim)
+    expect_part(passed)
+    end = passed.stage(READ)
+    what = "passed through: what the id register is for the guest"
+    expect(run, what, expected=[EDU_ID], seen=passed.told(READ, ID_PORT), near=end)
 
 
 def test_registers_of_the_device_are_the_guests_memory(run: Run, passed: Form) -> None:
     expect_registers(passed)
-    passed.stage(READ)
     what = "what the device finds in its liveness register when its doorbell rings: what the guest has written there"
     expect(run, what, expected=passed.asked("liveness"), seen=passed.acts(PROBED, LIVENESS))
     passed.stage(PROBED)
