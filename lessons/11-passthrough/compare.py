@@ -13,6 +13,7 @@ FORMS = ("emulated", "passed through")
 WORK = {
     "attached": "",
     "read": "100 reads of a register",
+    "impostor": "",
     "probed": "is it one, and does it live",
     "raised": "2 interrupts by way of a test",
     "factorial": "4 factorials",

@@ -82,6 +82,16 @@ static void work_read(const struct edu *edu) {
     stage(STAGE_READ);
 }
 
+/* It is driven by mistake: it has another id. Nothing may be written to it. */
+static void work_impostor(const struct edu *edu, enum form form) {
+    if (form == FORM_EMULATED) {
+        out8(LAB_IMPOSTOR, true);
+        out8(LAB_ANSWER, edu_probe(edu, ~plan.liveness[form]));
+        out8(LAB_IMPOSTOR, false);
+    }
+    stage(STAGE_IMPOSTOR);
+}
+
 static void work_probe(const struct edu *edu, enum form form) {
     out8(LAB_CONNECT, CONNECT_DOORBELLS);
     if (!edu_probe(edu, plan.liveness[form]))
@@ -89,13 +99,21 @@ static void work_probe(const struct edu *edu, enum form form) {
     stage(STAGE_PROBED);
 }
 
+static void raise(struct edu *edu, uint32_t causes, uint32_t awaited) {
+    edu_command(edu, EDU_INTERRUPT_RAISE, causes);
+    if (!edu_await_interrupt(edu, awaited))
+        fail("it does not interrupt, or takes no note of the acknowledgement");
+}
+
+/* The first interrupt has several causes. One of them is waited for now, another when the second
+ * interrupt has come. */
 static void work_raise(struct edu *edu, enum form form) {
+    const uint32_t *causes = plan.raise[form];
     out8(LAB_CONNECT, CONNECT_INTERRUPT);
-    for (unsigned i = 0; i < RAISES; i++) {
-        edu_command(edu, EDU_INTERRUPT_RAISE, plan.raise[form][i]);
-        if (!edu_await_interrupt(edu, plan.raise[form][i]))
-            fail("it does not interrupt, or takes no note of the acknowledgement");
-    }
+    raise(edu, causes[0], RAISE_ONE);
+    raise(edu, causes[1], causes[1]);
+    if (!edu_await_interrupt(edu, RAISE_OTHER))
+        fail("the driver has forgotten what the interrupt before this one was for");
     stage(STAGE_RAISED);
 }
 
@@ -121,10 +139,12 @@ static uint32_t sum(const uint8_t *bytes, uint32_t count) {
     return total;
 }
 
-/* Both windows become the device's to reach. */
+/* Both windows become the device's to reach. That one of them does so twice is a mistake, which the
+ * device refuses. */
 static void windows_map(void) {
     for (unsigned i = 0; i < WINDOWS; i++)
         out8(LAB_MAP, (uint8_t)i);
+    out8(LAB_MAP, 0);
 }
 
 static void work_dma(struct edu *edu, enum form form) {
@@ -152,9 +172,10 @@ static void work_outside(struct edu *edu, enum form form) {
     stage(STAGE_OUTSIDE);
 }
 
-/* One window is taken away, the other is not. */
+/* One window is taken away, the other is not. To take it away twice is refused. */
 static void work_unmapped(struct edu *edu, enum form form) {
     const struct transfer *t = &plan.transfer[form][1];
+    out8(LAB_UNMAP, 0);
     out8(LAB_UNMAP, 0);
     transfer(edu, plan.window[0].gpa + t->from + 1, EDU_BUFFER + t->buffer, t->count, false);
     transfer(edu, EDU_BUFFER + t->buffer, plan.window[0].gpa + t->from + 1, t->count, true);
@@ -175,6 +196,7 @@ static void behaviour_choose(void) {
 static void work(enum form form) {
     struct edu *edu = attach(form);
     work_read(edu);
+    work_impostor(edu, form);
     work_probe(edu, form);
     printf("%s: alive\n", form_names[form]);
     work_raise(edu, form);

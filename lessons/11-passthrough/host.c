@@ -114,9 +114,9 @@ static void doorbell_connect(const struct doorbell *doorbell, int fd) {
 
 /*
  * Let every signal of the eventfd fd interrupt the guest, without the VMM: with
- * KVM_SET_GSI_ROUTING, plan.gsi becomes a message to the CPU whose APIC id is 0, with the vector
- * plan.vector[FORM_PASSED_THROUGH]; with KVM_IRQFD, the eventfd sets off that GSI. (`routing` below
- * is the form in which KVM takes a table with one entry.)
+ * KVM_SET_GSI_ROUTING, plan.gsi becomes a message to MSI_ADDRESS (apic_registers.h: to the CPU whose
+ * APIC id is 0) with the vector plan.vector[FORM_PASSED_THROUGH]; with KVM_IRQFD, the eventfd sets off
+ * that GSI. (`routing` below is the form in which KVM takes a table with one entry.)
  */
 static void interrupt_connect(int fd) {
     struct {
@@ -141,7 +141,7 @@ static void interrupt_connect(int fd) {
  * Let the device reach a window, for reading and writing: by device_ask() (edu_device.h), the message
  * VFIO_USER_DMA_MAP with a struct vfio_user_dma_map (vfio_user.h) and the file that the window is a
  * part of. The guest will tell the device gpas, so the addresses of DMA must be gpas. The answer is
- * that of device_ask().
+ * that of device_ask(): the device may refuse.
  */
 static int window_map(const struct window *window, int file) {
     /* BEGIN SOLUTION */
@@ -160,7 +160,7 @@ static int window_map(const struct window *window, int file) {
 }
 
 /* Take the window away again: VFIO_USER_DMA_UNMAP. When this returns, the device touches it no
- * more. */
+ * more. The answer is that of device_ask(). */
 static int window_unmap(const struct window *window) {
     /* BEGIN SOLUTION */
     struct vfio_user_dma_unmap unmap = {
@@ -202,6 +202,7 @@ static void windows_make(void) {
 /* ---- the device that is emulated ---- */
 
 static struct edu emulated;
+static unsigned emulated_looks; /* at the liveness register, since it was last written to */
 
 static void emulated_interrupt(void) {
     struct kvm_msi message = {.address_lo = MSI_ADDRESS, .data = plan.vector[FORM_EMULATED]};
@@ -221,11 +222,30 @@ static bool emulated_acts(uint64_t offset) {
     return false;
 }
 
+/* The complement takes its time, here too: a driver that looks once gets it but for one bit, and one
+ * that compares a half gets all of one half first. */
+static void emulated_look(uint8_t *data) {
+    uint32_t value;
+    memcpy(&value, emulated.registers + EDU_LIVENESS, sizeof value);
+    value ^= emulated_looks < EARLY ? plan.early[emulated_looks] : 0;
+    memcpy(data, &value, sizeof value);
+    emulated_looks++;
+}
+
+/* Until it is an edu device again, as after a reset. */
+static void emulated_impostor(bool is_one) {
+    edu_reset(&emulated);
+    if (is_one)
+        memcpy(emulated.registers + EDU_ID, &plan.impostor, sizeof plan.impostor);
+}
+
 /* A write acts when it is made: no doorbell is needed. (EDU_DOORBELL is one of the places that
  * mean nothing.) */
 static void emulated_write(uint64_t offset, uint64_t value) {
     if (!emulated_is_writable(offset))
         return;
+    if (offset == EDU_LIVENESS)
+        emulated_looks = 0;
     memcpy(emulated.registers + offset, &value, offset < EDU_DMA_SOURCE ? 4 : 8);
     if (emulated_acts(offset))
         edu_act(&emulated, (unsigned)offset);
@@ -242,6 +262,8 @@ static void emulated_access(struct access *access) {
     memcpy(&value, access->data, access->size);
     if (access->is_write)
         emulated_write(offset, value);
+    else if (offset == EDU_LIVENESS)
+        emulated_look(access->data);
     else if (offset <= EDU_DMA_COMMAND && offset % 4 == 0)
         memcpy(access->data, emulated.registers + offset, access->size);
 }
@@ -482,8 +504,9 @@ static void device_access(struct access *access) {
 /* ---- what is recorded ---- */
 
 static const char *const form_names[FORMS] = {"emulated", "passed through"};
-static const char *const stage_names[STAGES] = {
-    "attached", "read", "probed", "raised", "factorial", "dma", "outside", "unmapped", "hostile"};
+static const char *const stage_names[STAGES] = {"attached", "read",      "impostor", "probed",
+                                                "raised",   "factorial", "dma",      "outside",
+                                                "unmapped", "hostile"};
 
 /* The registers as they are, whatever the guest sees of them. */
 static void registers_record(enum form form) {
@@ -544,6 +567,8 @@ static void form_record(enum form form) {
     event_string("form", form_names[form]);
     event_hex("bar", plan.bar_gpa[form]);
     event_hex("vector", plan.vector[form]);
+    if (form == FORM_PASSED_THROUGH)
+        event_number("gsi", plan.gsi);
     event_end();
     task_record(form, "liveness", plan.liveness[form]);
     for (unsigned i = 0; i < RAISES; i++)
@@ -557,6 +582,9 @@ static void form_record(enum form form) {
 static void plan_record(void) {
     for (enum form form = 0; form < FORMS; form++)
         form_record(form);
+    task_record(FORM_EMULATED, "impostor", plan.impostor);
+    for (unsigned i = 0; i < EARLY; i++)
+        task_record(FORM_EMULATED, "early", ~plan.liveness[FORM_EMULATED] ^ plan.early[i]);
     event_begin("part");
     event_hex("area_offset", plan.part.area_offset);
     event_hex("area_size", plan.part.area_size);
@@ -612,6 +640,7 @@ static void lab_write(uint64_t port, uint8_t value) {
     case LAB_MAP: window_access(value, true); break;
     case LAB_UNMAP: window_access(value, false); break;
     case LAB_CONNECT: connection_make(value); break;
+    case LAB_IMPOSTOR: emulated_impostor(value); break;
     case LAB_DETACH:
         if (lab.form == FORM_PASSED_THROUGH)
             device_lose("the guest can do nothing with it");

@@ -22,16 +22,18 @@ enum form {
 /* Ports. Bytes, but where it says 32 bits. */
 #define LAB_DEVICE \
     0x600 /* OUT: enum behaviour (edu_behaviour.h) of the device process; before LAB_ATTACH */
-#define LAB_ATTACH 0x601  /* OUT: enum form: there is to be such a device. IN: is there one? */
-#define LAB_STAGE 0x602   /* OUT: "look at me now", enum stage */
-#define LAB_MAP 0x603     /* OUT: the number of a window: the device may reach it */
-#define LAB_UNMAP 0x604   /* OUT: and may not any more */
-#define LAB_DETACH 0x605  /* OUT: the device is of no use: take it away */
-#define LAB_CONNECT 0x606 /* OUT: enum connection: from now on there is to be one */
-#define LAB_RESULT 0x608  /* OUT, 32 bits: a factorial that the driver has fetched */
-#define LAB_SUM 0x60c     /* OUT, 32 bits: the sum of the bytes that a transfer has brought */
-#define LAB_ID 0x610      /* OUT, 32 bits: what the id register is for the guest */
-#define LAB_PART 0x614    /* OUT, 32 bits: the first and the last word of struct part */
+#define LAB_ATTACH 0x601   /* OUT: enum form: there is to be such a device. IN: is there one? */
+#define LAB_STAGE 0x602    /* OUT: "look at me now", enum stage */
+#define LAB_MAP 0x603      /* OUT: the number of a window: the device may reach it */
+#define LAB_UNMAP 0x604    /* OUT: and may not any more */
+#define LAB_DETACH 0x605   /* OUT: the device is of no use: take it away */
+#define LAB_CONNECT 0x606  /* OUT: enum connection: from now on there is to be one */
+#define LAB_IMPOSTOR 0x607 /* OUT: is the emulated device to be something else, by its id? */
+#define LAB_RESULT 0x608   /* OUT, 32 bits: a factorial that the driver has fetched */
+#define LAB_SUM 0x60c      /* OUT, 32 bits: the sum of the bytes that a transfer has brought */
+#define LAB_ID 0x610       /* OUT, 32 bits: what the id register is for the guest */
+#define LAB_PART 0x614     /* OUT, 32 bits: the first and the last word of struct part */
+#define LAB_ANSWER 0x618   /* OUT: does edu_probe() take that something else for an edu device? */
 #define LAB_PORTS 32
 
 enum connection {
@@ -42,6 +44,7 @@ enum connection {
 enum stage {
     STAGE_ATTACHED,  /* the device is there */
     STAGE_READ,      /* the driver has read a register READS times, */
+    STAGE_IMPOSTOR,  /* has met a device that is another one, */
     STAGE_PROBED,    /* has found that the device lives, */
     STAGE_RAISED,    /* has had interrupts raised by way of a test, */
     STAGE_FACTORIAL, /* has had factorials computed, */
@@ -56,6 +59,11 @@ enum stage {
 #define FACTORIALS 4u
 #define RAISES 2u
 #define TRANSFERS 3u
+#define EARLY 2u /* looks at the liveness register that are too early, if the device is emulated */
+
+/* Two causes that come at once, in the first of the RAISES; the second of them only there. */
+#define RAISE_ONE 0x2u
+#define RAISE_OTHER 0x4u
 
 /* Memory that a device may be given: pieces of one file, each a memory slot above RAM. */
 #define WINDOWS 2
@@ -97,6 +105,8 @@ struct plan {
     uint32_t liveness[FORMS];
     uint32_t factorial[FORMS][FACTORIALS];
     uint32_t raise[FORMS][RAISES];
+    uint32_t impostor;     /* the id of a device that is another one */
+    uint32_t early[EARLY]; /* bits of the liveness register that change last */
     struct part part;
     struct transfer transfer[FORMS][TRANSFERS];
 };
@@ -134,8 +144,17 @@ static inline void plan_form(struct plan *plan, struct random *random, enum form
     for (unsigned i = 0; i < FACTORIALS; i++)
         plan->factorial[form][i] = (uint32_t)(3 + 5 * i + random_below(random, 5));
     for (unsigned i = 0; i < RAISES; i++)
-        plan->raise[form][i] = (uint32_t)(random_next(random) | 2) & ~EDU_INTERRUPT_DMA & ~1u;
+        plan->raise[form][i] = ((uint32_t)random_next(random) | RAISE_ONE) & ~RAISE_OTHER &
+                               ~EDU_INTERRUPT_DMA & ~EDU_INTERRUPT_FACTORIAL;
+    plan->raise[form][0] |= RAISE_OTHER;
     plan_transfers(plan, random, form);
+}
+
+/* To compare less than all of an id or of a complement is to be taken in. */
+static inline void plan_deceits(struct plan *plan, struct random *random) {
+    plan->impostor = 0x01000000u | EDU_ID_VALUE | 1u << (8 + random_below(random, 8));
+    for (unsigned i = 0; i < EARLY; i++)
+        plan->early[i] = 1u << (16 * i + random_below(random, 16));
 }
 
 static inline void plan_part(struct plan *plan, struct random *random) {
@@ -157,5 +176,6 @@ static inline struct plan plan_make(uint64_t seed) {
         plan_form(&plan, &random, form);
     }
     plan_part(&plan, &random);
+    plan_deceits(&plan, &random);
     return plan;
 }

@@ -34,16 +34,37 @@ def quotes(run: Run) -> list[str]:
         f"emulated device has its BAR at gpa {emulated.bar:#x}",
         f'"gpa":"{emulated.bar + 4:#x}","is_write":1,"data":"{written}"',
         f'"gpa":"{emulated.bar + 0x1000:#x}","is_write":1,"data":"04000000"',
-        f'"gpa":"{emulated.bar + 4:#x}","is_write":0,"data":"{liveness[1].data}"',
+        *(f'"gpa":"{emulated.bar + 4:#x}","is_write":0,"data":"{look.data}"' for look in liveness[1:4]),
         *(f"| `{line}` |" for line in (console[0], *console[1:4], *console[5:6], console[6])),
         *(f"| `{console[number]}` |" for number in (8, 9, 10)),
         f"`expected {transfer}`",
         f"`expected [{tasks['passed through'].value:#x}]`",
         f"`expected {windows[0].offset:#x}`, `seen 0`",
         f"`seen {windows[0].offset:#x}`",
+        *deceits(run),
         *part(run),
+        f"unhandled exception vector {passed.gsi}`",
         *(f"an offset such as {event.area_offset:#x}" for event in run.all("claim") if event.area_offset >> 63),
         *(f"in the file)` with {event.file_offset:#x}" for event in run.all("claim") if event.file_offset >> 63),
+    ]
+
+
+def asked(run: Run, form: str, what: str) -> list[int]:
+    return [int(event.value) for event in run.all("task", form=form, what=what)]
+
+
+def deceits(run: Run) -> list[str]:
+    """What a driver reads that looks once, and what one acknowledges that does so until the status is 0."""
+    (number,) = asked(run, "emulated", "liveness")
+    (impostor,) = asked(run, "emulated", "impostor")
+    looks = [*asked(run, "emulated", "early"), ~number & 0xFFFFFFFF]
+    reads = [f"read {look:#x}" for look in looks]
+    first, second = asked(run, "passed through", "raise")
+    return [
+        f"id reads as {impostor:#010x}, which is no edu device",
+        f"`expected [write {number:#x}, {', '.join(reads)}]`",
+        f"`seen     [write {number:#x}, {reads[0]}]`",
+        f"`expected [{first:#x}, {second:#x}]`, `seen     [{first:#x}, {first:#x}, {second:#x}, {second:#x}]`",
     ]
 
 
