@@ -1,11 +1,13 @@
 """Run an image in the VMM and collect all that can be known about the run."""
 
+import functools
 import os
 import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,20 +37,29 @@ class Run:
     # What the emulator itself has counted (emulator_log.py), where it was asked to.
     emulator: dict[str, int] = field(default_factory=dict)
 
+    @functools.cached_property
+    def _by_kind(self) -> dict[str, list[Event]]:
+        """A record may have thousands of events, and checks ask for a few of them hundreds of times."""
+        found = defaultdict(list)
+        for event in self.events:
+            found[event.kind].append(event)
+        return found
+
+    def _matching(self, kind: str, fields: dict[str, object]) -> Iterator[Event]:
+        for event in self._by_kind.get(kind, []):
+            if all(event.get(name) == value for name, value in fields.items()):
+                yield event
+
     def all(self, kind: str, /, **fields: object) -> list[Event]:
         """The events of this kind whose fields have these values."""
-        return [
-            event
-            for event in self.events
-            if event.kind == kind and all(event.get(name) == value for name, value in fields.items())
-        ]
+        return list(self._matching(kind, fields))
 
     def count(self, kind: str, /, **fields: object) -> int:
         return len(self.all(kind, **fields))
 
     def one(self, kind: str, /, **fields: object) -> Event | None:
         """The first of them, or None."""
-        return next(iter(self.all(kind, **fields)), None)
+        return next(self._matching(kind, fields), None)
 
     @property
     def lacking(self) -> str:
