@@ -159,6 +159,21 @@ def test_auto_goes_on_to_an_engine_that_turns_out_to_be_able(variant: StartVaria
     assert "points" not in shown.output
 
 
+@pytest.mark.parametrize("command_name", ["run", "check"])
+@pytest.mark.usefixtures("_vmx")
+def test_no_second_machine_is_started_for_the_checks(variant: StartVariant, tmp_path: Path, command_name: str) -> None:
+    """There is one already, which the tests share. Any other would be a bochs that PATH leads to."""
+    ours = variant("01-vm-exit")
+    bochs = tmp_path / "bin" / "bochs"
+    bochs.parent.mkdir()
+    bochs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    bochs.chmod(0o755)
+    call = ours.call(command_name, "1", "--seed=1", "--engine=vmx")
+    shown = command(*call, PYTHONPATH="tools", PATH=f"{bochs.parent}:{ENVIRONMENT['PATH']}")
+    assert (shown.status, shown.points) == (0, 12), str(shown)
+    assert not (tmp_path / "started").exists()
+
+
 def test_what_needs_a_kernel_of_its_own_is_not_done_to_this_machines(paging: lesson.Lesson) -> None:
     with pytest.raises(CannotRun, match="KTRACE needs a kernel of its own: svm or vmx"):
         engine.choose(paging, "kvm", "", trace=True)

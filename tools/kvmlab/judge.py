@@ -38,6 +38,7 @@ class _Collector:
         self.errors: list[str] = []
         self.not_run: Exception | None = None
 
+    @pytest.hookimpl(tryfirst=True)  # before the plugin starts an emulated machine because it sees none
     def pytest_configure(self, config: pytest.Config) -> None:
         config.stash[plugin.OPENED] = {self.engine.name: self.engine}
         if self.recorded:
