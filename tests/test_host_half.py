@@ -24,10 +24,9 @@ def run(api: Built, name: str, *words: str, time_limit: float = 20, seed: int = 
     return runner.run(api, [f"--append={append}"], time_limit=time_limit, seed=seed)
 
 
-def line_of(comment: str) -> int:
+def lines_of(text: str) -> list[int]:
     lines = (API / "host.c").read_text().splitlines()
-    (number,) = [number for number, line in enumerate(lines, 1) if comment in line]
-    return number
+    return [number for number, line in enumerate(lines, 1) if text in line]
 
 
 # ---- claims ----
@@ -141,7 +140,7 @@ def test_a_halt_that_the_host_half_does_nothing_about_is_a_hang_at_once(api: Bui
 CRASHES = {
     "NULL_POINTER": (11, "/* the crash */"),
     "DIVIDE": (8, "/* the division */"),
-    "RECURSE": (11, "volatile uint64_t here[64]"),
+    "RECURSE": (11, "/* the end of the stack */"),  # by a store or by a call, as the stack happens to lie
 }
 
 
@@ -153,7 +152,7 @@ def test_a_crash_of_the_host_half_names_the_line(name: str, api: Built) -> None:
     assert recorded.status == 5
     one_line(recorded.errors, f"the VMM itself crashed: signal {signal}, address ")
     place = runner.crash_location(api, recorded.errors)
-    assert place.endswith(f"host.c:{line_of(line)}\n"), place
+    assert any(place.endswith(f"host.c:{number}\n") for number in lines_of(line)), place
 
 
 @only_plain  # the sanitizers report it themselves
@@ -180,7 +179,7 @@ def test_a_host_half_that_loops_in_its_setup_is_found_by_the_time_limit(host: Ho
 def test_a_todo_of_the_host_half_says_what_to_write_and_where(api: Built) -> None:
     recorded = run(api, "TODO")
     assert (recorded.status, recorded.end.status, recorded.end.how) == (1, 1, "todo")
-    line = line_of('HOST_TODO("serve the command")')
+    (line,) = lines_of('HOST_TODO("serve the command")')
     text = rf"^vmm: \S*host\.c:{line}: not written yet: serve the command$"
     assert re.search(text, recorded.errors, re.MULTILINE), recorded.errors
 

@@ -87,8 +87,8 @@ static void divide(void) {
 
 /* Deeper than any stack: the end is a number that never comes. */
 static uint64_t recurse(volatile uint64_t *above) {
-    volatile uint64_t here[64] = {*above + 1};
-    return here[0] == UINT64_MAX ? 0 : recurse(here) + here[0];
+    volatile uint64_t here[64] = {*above + 1};                  /* the end of the stack */
+    return here[0] == UINT64_MAX ? 0 : recurse(here) + here[0]; /* the end of the stack */
 }
 
 static void loop(void) {
