@@ -105,8 +105,8 @@ struct kvm_run *host_run(void);
  *     host_vcpu_number(KVM_NMI, 0);
  *
  * What puts an event into the guest (KVM_INTERRUPT, KVM_NMI, KVM_SET_VCPU_EVENTS) is recorded, and so
- * are KVM_SET_USER_MEMORY_REGION and the messages of KVM_SET_GSI_ROUTING. Set registers with KVM_SET_REGS and KVM_SET_SREGS: host_regs() shows
- * those of the last exit until the next.
+ * are KVM_SET_USER_MEMORY_REGION and the messages of KVM_SET_GSI_ROUTING. Set registers with
+ * KVM_SET_REGS and KVM_SET_SREGS: host_regs() shows those of the last exit until the next.
  */
 #define host_vcpu(request, pointer) \
     host_vcpu_ioctl(request, #request, HOST_ARGUMENT(request, pointer))

@@ -5,7 +5,10 @@
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
+
+#include "host.h"
 
 /*
  * Make it: size bytes (whole pages), filled with the random stream of this number of the run's seed
@@ -16,6 +19,9 @@ int shared_memory_make(uint64_t size, unsigned stream);
 
 /* The VMM's mapping of all of it. The guest, or a device, may write there at any time. */
 uint8_t *shared_memory(void);
+
+/* RAM of the guest that nobody may write to: is all of [gpa, gpa + size) this byte? */
+bool ram_is(gpa_t gpa, uint64_t size, uint8_t byte);
 
 /* What has changed since the last call: events `changed`, one for each run of bytes that differ, with
  * their offset in the file. */

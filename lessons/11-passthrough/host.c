@@ -521,14 +521,6 @@ static void registers_record(enum form form) {
     event_hex("interrupt_status", status);
 }
 
-static void ram_record(void) {
-    const uint8_t *victim = host_memory(VICTIM_GPA, VICTIM_SIZE);
-    bool is_unchanged = true;
-    for (unsigned i = 0; victim && i < VICTIM_SIZE; i++)
-        is_unchanged &= victim[i] == VICTIM_BYTE;
-    event_number("ram_is_unchanged", is_unchanged);
-}
-
 static void stage_record(enum stage stage) {
     char when[48];
     trace_record(lab.trace[lab.form], &lab.traced[lab.form], form_names[lab.form]);
@@ -538,7 +530,7 @@ static void stage_record(enum stage stage) {
     event_string("form", form_names[lab.form]);
     event_string("stage", stage_names[stage]);
     registers_record(lab.form);
-    ram_record();
+    event_number("ram_is_unchanged", ram_is(VICTIM_GPA, VICTIM_SIZE, VICTIM_BYTE));
     event_end();
     host_statistics(when);
 }

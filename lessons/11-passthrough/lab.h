@@ -154,7 +154,7 @@ static inline void plan_form(struct plan *plan, struct random *random, enum form
 static inline void plan_deceits(struct plan *plan, struct random *random) {
     plan->impostor = 0x01000000u | EDU_ID_VALUE | 1u << (8 + random_below(random, 8));
     for (unsigned i = 0; i < EARLY; i++)
-        plan->early[i] = 1u << (16 * i + random_below(random, 16));
+        plan->early[i] = 1u << (UINT64_C(16) * i + random_below(random, 16));
 }
 
 static inline void plan_part(struct plan *plan, struct random *random) {

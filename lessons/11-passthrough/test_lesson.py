@@ -10,8 +10,8 @@ import pytest
 
 from kvmlab.events import Event
 from kvmlab.expect import expect, fail, require
-from kvmlab.random import stream
 from kvmlab.runner import Run
+from kvmlab.shared_memory import SharedMemory, Window, expect_memory
 
 PAGE = 4096
 SHARED_SIZE = 16 * PAGE
@@ -136,58 +136,10 @@ class Form:
         return [int.from_bytes(bytes.fromhex(event.data), "little") for event in events]
 
 
-class Memory:
-    """What is in the file that the windows are parts of."""
-
-    def __init__(self, run: Run) -> None:
-        content = stream(run.seed, 2)
-        self.run = run
-        self.bytes = bytearray(b"".join(content.next().to_bytes(8, "little") for _ in range(SHARED_SIZE // 8)))
-        windows = run.all("window")
-        self.windows = [(int(event.gpa), int(event.size), int(event.offset)) for event in windows]
-
-    def at(self, gpa: int) -> int:
-        """The offset in the file of what the guest has at this gpa."""
-        return next(offset + gpa - base for base, size, offset in self.windows if base <= gpa < base + size)
-
-    def read(self, gpa: int, count: int) -> bytes:
-        return bytes(self.bytes[self.at(gpa) : self.at(gpa) + count])
-
-    def write(self, gpa: int, data: bytes) -> None:
-        self.bytes[self.at(gpa) : self.at(gpa) + len(data)] = data
-
-    def advance(self, before: int, end: int) -> None:
-        """What has changed between these two events."""
-        for event in self.run.all("changed"):
-            if before < event.seq < end:
-                data = bytes.fromhex(event.fields["bytes"])
-                self.bytes[event.offset : event.offset + len(data)] = data
-
-
-def memory_at(form: Form, end: Event) -> Memory:
-    """As it was at the end of this stage."""
-    memory = Memory(form.run)
-    memory.advance(0, end.seq)
-    return memory
-
-
-def expect_memory(run: Run, what: str, expected: Memory, seen: Memory, near: Event) -> None:
-    """Byte by byte, all of the file."""
-    __tracebackhide__ = True
-    differing = [at for at in range(SHARED_SIZE) if expected.bytes[at] != seen.bytes[at]]
-    if differing:
-        first, last = differing[0], differing[-1]
-        spans = [f"offset {first:#x} of the file ({place_of(expected, first)}) is the first byte that is wrong"]
-        spans.append(f"offset {last:#x} ({place_of(expected, last)}) the last, of {len(differing)}")
-        fail(run, what, *spans, near=near)
-
-
-def place_of(memory: Memory, at: int) -> str:
-    """Whose byte that is."""
-    for number, (gpa, size, offset) in enumerate(memory.windows):
-        if offset <= at < offset + size:
-            return f"window {number}, gpa {gpa + at - offset:#x}"
-    return "in no window"
+def memory_at(form: Form, end: Event) -> SharedMemory:
+    """What was in the file that the windows are parts of, by gpa, at the end of this stage."""
+    windows = [Window(event.gpa, event.size, event.offset) for event in form.run.all("window")]
+    return SharedMemory(form.run, SHARED_SIZE, windows).advance(end)
 
 
 # ---- the driver, as the accesses to the emulated device show it ----

@@ -50,6 +50,14 @@ int shared_memory_make(uint64_t size, unsigned stream) {
 
 uint8_t *shared_memory(void) { return shared.bytes; }
 
+bool ram_is(gpa_t gpa, uint64_t size, uint8_t byte) {
+    const uint8_t *ram = host_memory(gpa, size);
+    bool is_same = ram != NULL;
+    for (uint64_t i = 0; is_same && i < size; i++)
+        is_same = ram[i] == byte;
+    return is_same;
+}
+
 void shared_memory_changes_record(void) {
     memcpy(shared.now, shared.bytes, shared.size);
     for (uint64_t at = 0; at < shared.size; at++) {
