@@ -16,8 +16,8 @@ from kvmlab import runner
 from kvmlab.engine import Engine
 from kvmlab.events import Event
 from kvmlab.plugin import ROOT
-from kvmlab.random import stream
 from kvmlab.runner import Built, Run
+from kvmlab.shared_memory import SharedMemory
 
 NAME = "11-passthrough"
 PAGE = 4096
@@ -131,20 +131,14 @@ def test_a_device_can_spoil_the_file_that_it_has_and_nothing_else(lesson11: Buil
 
 def content(recorded: Run) -> bytes:
     """What is in the shared file at the beginning."""
-    words = stream(recorded.seed, 2)
-    return b"".join(words.next().to_bytes(8, "little") for _ in range(SHARED_SIZE // 8))
+    return bytes(SharedMemory(recorded, SHARED_SIZE, []).bytes)
 
 
 def memory(recorded: Run, stage: str = "", form: str = "passed through") -> bytes:
     """What is in it at the end of this stage, or of the run."""
     end = recorded.one("stage", form=form, stage=stage) if stage else recorded.end
     assert end, f"there is no stage {stage}"
-    found = bytearray(content(recorded))
-    for event in recorded.all("changed"):
-        if event.seq < end.seq:
-            data = bytes.fromhex(event.fields["bytes"])
-            found[event.offset : event.offset + len(data)] = data
-    return bytes(found)
+    return bytes(SharedMemory(recorded, SHARED_SIZE, []).advance(end).bytes)
 
 
 def without_windows(shared: bytes, recorded: Run) -> bytes:
@@ -166,6 +160,8 @@ class Model:
     def transfer(self, event: Event) -> str:
         if event.size > BUFFER_SIZE or event.offset > BUFFER_SIZE - event.size:
             return "outside its buffer"
+        if event.size == 0:
+            return "done"
         for window in self.windows:
             if window.gpa <= event.address and event.address + event.size <= window.gpa + window.size:
                 at = window.offset + event.address - window.gpa

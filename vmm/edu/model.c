@@ -106,19 +106,19 @@ static void edu_transfer_start(struct edu *edu, uint32_t command) {
     };
 }
 
-/* Piece by piece; the first that it cannot reach ends it. */
+/* Piece by piece; the first that it cannot reach ends it. Nothing at all can be moved anywhere. */
 static enum trace_result edu_move(const struct edu *edu, uint8_t *buffer) {
     const struct transfer_state *transfer = &edu->transfer;
     bool is_to_ram = transfer->command & EDU_DMA_TO_RAM;
     uint64_t done = 0;
-    do {
+    while (done < transfer->count) {
         uint64_t size = transfer->count - done;
         uint8_t *memory = edu_reach(edu, transfer->iova + done, &size, is_to_ram);
         if (!memory)
             return RESULT_NOT_MAPPED;
         memcpy(is_to_ram ? memory : buffer + done, is_to_ram ? buffer + done : memory, size);
         done += size;
-    } while (done < transfer->count);
+    }
     return RESULT_DONE;
 }
 

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -25,18 +26,21 @@
 #define LIVENESS_MS 5
 #define ACKNOWLEDGE_MS 2
 #define SCRIBBLE_BYTE 0x5a
+#define NO_INTERRUPT VFIO_PCI_NUM_IRQS
 
 static struct {
     struct edu edu;
     struct process_home home;
     int socket, file;
     int doorbell[EDU_ACTING];
-    /* Eventfds, from DEVICE_SET_IRQS; -1: none. There is a message, or a line, or neither. */
+    uint32_t interrupt; /* which it has: the index of a message, or of a line; NO_INTERRUPT */
+    /* Eventfds, from DEVICE_SET_IRQS; -1: none. */
     int message, line, line_unmask;
     bool line_is_masked;
     int dma_file; /* the first one that it was given a part of; kept to misuse it */
     uint64_t transfer_due_ms;
-} process = {.message = -1, .line = -1, .line_unmask = -1, .dma_file = -1};
+} process = {
+    .interrupt = NO_INTERRUPT, .message = -1, .line = -1, .line_unmask = -1, .dma_file = -1};
 
 uint64_t file_size(int fd) {
     struct stat status;
@@ -58,15 +62,17 @@ static uint64_t process_clock_ms(void) {
 /*
  * A line is asserted as long as there is something in the interrupt status, but an eventfd has no
  * level. So it is signalled once, and the line masked, until somebody who has done something about
- * it unmasks it: as vfio-pci has it for a line of a PCI device.
+ * it unmasks it: as vfio-pci has it for a line of a PCI device. It is masked, too, if there is nobody to
+ * signal.
  */
 static void line_signal(void) {
     uint32_t status;
     memcpy(&status, process.edu.registers + EDU_INTERRUPT_STATUS, sizeof status);
-    if (process.line < 0 || process.line_is_masked || status == 0)
+    if (process.interrupt != VFIO_PCI_INTX_IRQ_INDEX || process.line_is_masked || status == 0)
         return;
     process.line_is_masked = true;
-    eventfd_write(process.line, 1);
+    if (process.line >= 0)
+        eventfd_write(process.line, 1);
 }
 
 static void line_mask(bool is_masked) {
@@ -197,44 +203,116 @@ static void fd_replace(int *fd, int with) {
     *fd = with;
 }
 
-/* A message or a line: the other one must have been taken away before. */
-static int interrupt_set(uint32_t index, int fd) {
-    bool is_message = index == VFIO_PCI_MSI_IRQ_INDEX;
-    if (fd >= 0 && (is_message ? process.line : process.message) >= 0)
-        return EINVAL;
-    fd_replace(is_message ? &process.message : &process.line, fd);
-    process.line_is_masked = false;
+/* By what proc(5) calls it; where there is no /proc, it is believed. */
+static bool is_eventfd(int fd) {
+    char path[32], link[32] = "";
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return readlink(path, link, sizeof link - 1) < 0 || !strcmp(link, "anon_inode:[eventfd]");
+}
+
+static void interrupt_take_away(void) {
+    fd_replace(&process.message, -1);
+    fd_replace(&process.line, -1);
+    fd_replace(&process.line_unmask, -1);
+    process.interrupt = NO_INTERRUPT;
+}
+
+/* What is to be done about an interrupt, as DEVICE_SET_IRQS says it. */
+struct irq_order {
+    struct vfio_irq_set set;
+    uint32_t data, action; /* of set.flags */
+    bool is_line;
+    bool is_meant; /* unless the data, a truth value, says otherwise */
+    int fd;        /* the data; -1: none */
+};
+
+/* Whom to signal. What is no eventfd leaves the line as it is, and the message without one. */
+static int trigger_replace(const struct irq_order *order) {
+    bool is_bad = order->fd >= 0 && !is_eventfd(order->fd);
+    if (is_bad && process.interrupt == NO_INTERRUPT)
+        return EBADF;
+    if (!is_bad || !order->is_line)
+        fd_replace(order->is_line ? &process.line : &process.message, is_bad ? -1 : order->fd);
+    if (is_bad)
+        return EBADF;
+    if (process.interrupt == NO_INTERRUPT)
+        process.line_is_masked = false;
+    process.interrupt = order->set.index;
     line_signal();
     return 0;
 }
 
-/* The line is the only interrupt that can be masked. */
-static int line_set(uint32_t flags, int fd) {
-    if (process.line < 0)
+/* A message or a line: the other one must have been taken away before. Without an eventfd, it is
+ * signalled by hand, or, if the count is 0, taken away. */
+static int trigger_order(const struct irq_order *order) {
+    bool has_it = process.interrupt == order->set.index;
+    int fd = order->is_line ? process.line : process.message;
+    if (has_it && order->data == VFIO_IRQ_SET_DATA_NONE && order->set.count == 0) {
+        interrupt_take_away();
+        return 0;
+    }
+    if ((!has_it && process.interrupt != NO_INTERRUPT) || (order->is_line && !order->set.count))
         return EINVAL;
-    if (flags & VFIO_IRQ_SET_DATA_EVENTFD)
-        fd_replace(&process.line_unmask, fd);
-    else
-        line_mask(flags & VFIO_IRQ_SET_ACTION_MASK);
+    if (order->set.count == 0)
+        return has_it ? 0 : order->data == VFIO_IRQ_SET_DATA_EVENTFD ? ERANGE : EINVAL;
+    if (order->data == VFIO_IRQ_SET_DATA_EVENTFD)
+        return trigger_replace(order);
+    if (has_it && order->is_meant && fd >= 0)
+        eventfd_write(fd, 1);
+    return has_it ? 0 : EINVAL;
+}
+
+/* The line is the only interrupt that can be masked. */
+static int mask_order(const struct irq_order *order) {
+    bool is_mask = order->action == VFIO_IRQ_SET_ACTION_MASK;
+    if (process.interrupt != VFIO_PCI_INTX_IRQ_INDEX || order->set.count != 1)
+        return EINVAL;
+    if (order->data != VFIO_IRQ_SET_DATA_EVENTFD) {
+        if (order->is_meant)
+            line_mask(is_mask);
+        return 0;
+    }
+    if (is_mask)
+        return ENOTTY;
+    if (order->fd >= 0 && !is_eventfd(order->fd))
+        return EBADF;
+    if (order->fd >= 0 && process.line_unmask >= 0)
+        return EBUSY;
+    fd_replace(&process.line_unmask, order->fd);
     return 0;
 }
 
-/* As VFIO_DEVICE_SET_IRQS: "Without an eventfd" and a count of 0 take the interrupt away. */
+/* Is it an order about an interrupt that there is? There are one message and one line. */
+static bool order_is_sound(const struct irq_order *order) {
+    uint32_t known = VFIO_IRQ_SET_DATA_TYPE_MASK | VFIO_IRQ_SET_ACTION_TYPE_MASK;
+    bool is_one_type = order->data == VFIO_IRQ_SET_DATA_NONE ||
+                       order->data == VFIO_IRQ_SET_DATA_BOOL ||
+                       order->data == VFIO_IRQ_SET_DATA_EVENTFD;
+    return (order->is_line || order->set.index == VFIO_PCI_MSI_IRQ_INDEX) &&
+           !(order->set.flags & ~known) && is_one_type && order->set.start == 0 &&
+           order->set.count <= 1;
+}
+
+/* As VFIO_DEVICE_SET_IRQS, but for EBADF, which is said of all that is no eventfd. */
 static int answer_set_irqs(struct message *command) {
-    struct vfio_irq_set set;
-    memcpy(&set, command->payload, sizeof set);
-    uint32_t data = set.flags & VFIO_IRQ_SET_DATA_TYPE_MASK;
-    uint32_t action = set.flags & VFIO_IRQ_SET_ACTION_TYPE_MASK;
-    bool has_fd = data == VFIO_IRQ_SET_DATA_EVENTFD;
-    bool is_line = set.index == VFIO_PCI_INTX_IRQ_INDEX;
-    if (data & VFIO_IRQ_SET_DATA_BOOL || set.start != 0 || set.count > 1 ||
-        command->fds != has_fd || (!is_line && set.index != VFIO_PCI_MSI_IRQ_INDEX))
+    struct irq_order order = {.fd = -1};
+    memcpy(&order.set, command->payload, sizeof order.set);
+    order.data = order.set.flags & VFIO_IRQ_SET_DATA_TYPE_MASK;
+    order.action = order.set.flags & VFIO_IRQ_SET_ACTION_TYPE_MASK;
+    order.is_line = order.set.index == VFIO_PCI_INTX_IRQ_INDEX;
+    order.is_meant =
+        order.data != VFIO_IRQ_SET_DATA_BOOL || command->payload[sizeof order.set] != 0;
+    bool has_fd = order.data == VFIO_IRQ_SET_DATA_EVENTFD && command->fds == 1;
+    if (!order_is_sound(&order) || command->fds != has_fd)
         return EINVAL;
-    int fd = has_fd ? command->fd[0] : -1, error = EINVAL;
-    if (action == VFIO_IRQ_SET_ACTION_TRIGGER && set.count == has_fd)
-        error = interrupt_set(set.index, fd);
-    else if (is_line && set.count == 1 && !(has_fd && action == VFIO_IRQ_SET_ACTION_MASK))
-        error = line_set(set.flags, fd);
+    if (has_fd)
+        order.fd = command->fd[0];
+    int error = ENOTTY;
+    if (order.action == VFIO_IRQ_SET_ACTION_TRIGGER)
+        error = trigger_order(&order);
+    else if (order.is_line && (order.action == VFIO_IRQ_SET_ACTION_MASK ||
+                               order.action == VFIO_IRQ_SET_ACTION_UNMASK))
+        error = mask_order(&order);
     if (!error)
         command->fds = 0; /* it stays open */
     return error;
@@ -388,6 +466,8 @@ static int transfer_wait_ms(void) {
     return now >= process.transfer_due_ms ? 0 : (int)(process.transfer_due_ms - now);
 }
 
+/* Who rings a doorbell and then sends a message, or unmasks, must find that the doorbell was heard
+ * first. So all of them are looked at, whatever has ended the wait. */
 static void process_serve(void) {
     enum { SOCKET = EDU_ACTING, UNMASK, SOURCES };
     struct pollfd source[SOURCES] = {[SOCKET] = {.fd = process.socket, .events = POLLIN}};
@@ -397,8 +477,7 @@ static void process_serve(void) {
         source[UNMASK] = (struct pollfd){.fd = process.line_unmask, .events = POLLIN};
         poll(source, SOURCES, transfer_wait_ms());
         for (unsigned i = 0; i < EDU_ACTING; i++)
-            if (source[i].revents)
-                doorbell_answer(i);
+            doorbell_answer(i);
         if (source[UNMASK].revents)
             line_unmask_answer();
         if (source[SOCKET].revents)
