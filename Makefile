@@ -118,7 +118,7 @@ $(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile
 	$(CC) $(VMM_CFLAGS) -c $< -o $@
 
 # A device of lessons that is not one of the machine's: linked where a host half calls it.
-EDU_OBJECTS = $(patsubst %,$(BUILD)/vmm/edu/%.o,client messages model process shared_memory trace)
+EDU_OBJECTS = $(patsubst %,$(BUILD)/vmm/edu/%.o,client messages model process shared_memory trace vfio_pci)
 
 $(EDU_OBJECTS): $(BUILD)/vmm/edu/%.o: vmm/edu/%.c $(HEADERS) Makefile
 	@mkdir -p $(@D)
@@ -157,8 +157,9 @@ HOST_LESSONS = $(notdir $(patsubst %/,%,$(dir $(wildcard $(LESSONS)/*/host.c))))
 THE_LESSON = $(firstword $(filter $(LESSON) $(LESSON)-% 0$(LESSON)-%,$(ALL_LESSONS)))
 lesson_files = $(BUILD)/lessons/$(1)/image.elf $(if $(filter $(1),$(HOST_LESSONS)),$(BUILD)/lessons/$(1)/vmm,$(BUILD)/vmm/vmm)
 
-# What a lesson includes from its own folder.
-$(foreach lesson,$(notdir $(wildcard $(LESSONS)/*)),$(eval $(BUILD)/lessons/$(lesson)/guest.o $(BUILD)/lessons/$(lesson)/host.o: $(wildcard $(LESSONS)/$(lesson)/*.h)))
+# What a lesson includes from its own folder; the halves of the tests include what is a lesson's.
+LESSON_HEADERS = $(wildcard $(LESSONS)/$(lesson)/*.h $(if $(filter %tests/hosts,$(LESSONS)),lessons/*/*.h))
+$(foreach lesson,$(notdir $(wildcard $(LESSONS)/*)),$(eval $(BUILD)/lessons/$(lesson)/guest.o $(BUILD)/lessons/$(lesson)/host.o: $(LESSON_HEADERS)))
 
 build-lesson: setup-run
 	@$(if $(LESSON),,echo "which lesson? say LESSON=n, as in: make $(firstword $(MAKECMDGOALS)) LESSON=1" >&2; exit 2)

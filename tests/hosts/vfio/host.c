@@ -2,9 +2,7 @@
  * A host half that gives its guest a real device by VFIO: QEMU's edu, which one of the emulated machines has behind
  * an IOMMU. Linux, Documentation/driver-api/vfio; the structures are in linux/vfio.h.
  */
-#include <dirent.h>
 #include <fcntl.h>
-#include <linux/pci_regs.h>
 #include <linux/vfio.h>
 #include <poll.h>
 #include <stdio.h>
@@ -18,12 +16,12 @@
 #include "apic_registers.h"
 #include "host.h"
 #include "lab.h"
+#include "vfio_pci.h"
 
-#define DEVICES "/sys/bus/pci/devices"
 #define MSI_GSI 30
 
 static struct {
-    char name[32];                     /* of the device, in sysfs and for VFIO */
+    char name[VFIO_PCI_NAME_SIZE];     /* of the device, in sysfs and for VFIO */
     int container, group, device;      /* file descriptors */
     int message_fd, line_fd, again_fd; /* eventfds: an interrupt; one by INTx; unmask INTx */
     int kernel_log;
@@ -35,59 +33,14 @@ static int must(int answer, const char *what) {
     return answer;
 }
 
-/* ---- where is it? ---- */
-
-/* Is there this word in a file of the device's, or at the end of what a link of its points to? */
-static bool device_says(const char *device, const char *file, const char *word) {
-    char path[300], text[300] = "";
-    snprintf(path, sizeof path, DEVICES "/%s/%s", device, file);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (readlink(path, text, sizeof text - 1) < 0 && read(fd, text, sizeof text - 1) < 0)
-        text[0] = 0;
-    close(fd);
-    text[strcspn(text, "\n")] = 0;
-    const char *last = strrchr(text, '/');
-    return !strcmp(last ? last + 1 : text, word);
-}
-
-/* The one that is vfio-pci's already: what has another driver is somebody else's. */
-static void device_find(void) {
-    DIR *devices = opendir(DEVICES);
-    struct dirent *entry;
-    while (devices && (entry = readdir(devices)))
-        if (device_says(entry->d_name, "vendor", "0x1234") &&
-            device_says(entry->d_name, "device", "0x11e8") &&
-            device_says(entry->d_name, "driver", "vfio-pci"))
-            snprintf(lab.name, sizeof lab.name, "%.31s", entry->d_name);
-    if (devices)
-        closedir(devices);
-    if (!lab.name[0])
-        host_cannot("it has no device edu that is vfio-pci's");
-}
-
-/* How many devices there are in the group, whose number the link ends in. */
-static unsigned group_find(char *number, size_t size) {
-    char path[300], link[300] = "";
-    unsigned count = 0;
-    struct dirent *entry;
-    snprintf(path, sizeof path, DEVICES "/%s/iommu_group", lab.name);
-    must((int)readlink(path, link, sizeof link - 1), "the device has no IOMMU group");
-    snprintf(number, size, "%s", strrchr(link, '/') + 1);
-    snprintf(path, sizeof path, "/sys/kernel/iommu_groups/%s/devices", number);
-    DIR *devices = opendir(path);
-    while (devices && (entry = readdir(devices)))
-        count += entry->d_name[0] != '.';
-    if (devices)
-        closedir(devices);
-    return count;
-}
-
 /* ---- VFIO ---- */
 
 static void device_open(void) {
     struct vfio_group_status status = {.argsz = sizeof status};
     char number[16], path[32];
-    unsigned devices = group_find(number, sizeof number);
+    unsigned devices = vfio_pci_group(lab.name, number, sizeof number);
+    if (!devices)
+        host_cannot("the device has no IOMMU group");
     snprintf(path, sizeof path, "/dev/vfio/%s", number);
     lab.container = must(open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC), "no /dev/vfio/vfio");
     lab.group = must(open(path, O_RDWR | O_CLOEXEC), "no group in /dev/vfio");
@@ -122,14 +75,6 @@ static void registers_map(void) {
                                                .memory_size = info.size,
                                                .userspace_addr = (uintptr_t)hva};
     host_vm(KVM_SET_USER_MEMORY_REGION, &slot);
-}
-
-/* Without this, a PCI device does no DMA and sends no messages. */
-static void bus_master_enable(void) {
-    struct vfio_region_info info = region_info(VFIO_PCI_CONFIG_REGION_INDEX);
-    uint16_t command = PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER;
-    if (pwrite(lab.device, &command, sizeof command, (off_t)info.offset + PCI_COMMAND) < 0)
-        host_cannot("the device's configuration space cannot be written");
 }
 
 /*
@@ -288,7 +233,8 @@ static void stage_access(struct access *access) {
 static void record_only(struct access *access) { (void)access; }
 
 static void setup(void) {
-    device_find();
+    if (!vfio_pci_find("0x1234", "0x11e8", lab.name))
+        host_cannot("it has no device edu that is vfio-pci's");
     lab.kernel_log = must(open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC), "no /dev/kmsg");
     lseek(lab.kernel_log, 0, SEEK_END);
     lab.message_fd = must(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "no eventfd");
@@ -296,7 +242,8 @@ static void setup(void) {
     lab.again_fd = must(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "no eventfd");
     device_open();
     registers_map();
-    bus_master_enable();
+    if (!vfio_pci_let_master(lab.device))
+        host_cannot("the device's configuration space cannot be written");
     routes_set();
     dma_map(LAB_SOURCE_IOVA, LAB_SOURCE, VFIO_DMA_MAP_FLAG_READ);
     dma_map(LAB_DESTINATION_IOVA, LAB_DESTINATION,
