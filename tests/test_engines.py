@@ -62,14 +62,17 @@ def told(run: runner.Run) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_leaves_the_same_events_on_every_engine(engines: Engines, build: Path, name: str) -> None:
-    """But where a host half injects: when the guest takes an event is the engine's choice, in part."""
+    """But where a host half injects: when the guest takes an event is the engine's choice, in part. And but for a
+    device that svm alone has."""
     built = runner.lesson_built(build, name)
-    runs = [run for this in engines.values() if not (run := runner.run(built, seed=5, engine=this)).lacking]
-    for run in runs:
+    vfio = lesson.load(ROOT / "lessons" / name).vfio
+    runs = [runner.run(built, seed=5, vfio=vfio, engine=this) for this in engines.values()]
+    able = [run for run in runs if not run.lacking]
+    for run in able:
         assert is_done(run, name), run.errors
-        assert run.output == runs[0].output
-        if not run.one("entry"):
-            assert told(run) == told(runs[0])
+        assert run.output == able[0].output
+        if not run.one("entry") and not (vfio and run.engine == "svm"):
+            assert told(run) == told(able[0])
 
 
 @pytest.mark.parametrize("case", ["empty_idt", "enter_empty_space"])

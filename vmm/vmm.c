@@ -852,7 +852,7 @@ static void panic_exception(const struct panic *panic) {
 
 static void say_todo(const char *location, const char *task) {
     say("vmm: %s: not written yet: %s", location, task);
-    say("vmm: open that file; the README.md beside it says what is asked for");
+    say("vmm: open that file; the README.md of its lesson says what is asked for");
 }
 
 static void say_cannot(const char *what) {
