@@ -17,12 +17,12 @@ pytest_plugins = ["variants"]
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
 PROOF_OF = (
     *("commands", "compare", "engines", "handout", "lesson_texts", "lessons", "terminal", "tlb_notes", "userfaultfd"),
-    *("passthrough", "vfio", "virtio_guest"),
+    *("iommu", "passthrough", "vfio", "virtio_guest"),
 )
 PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
 # What the VMM and the guests' runtime do in the way that a lesson has students write.
 ALIKE = {"guest/virtio_console.c", "vmm/virtqueue.c"}
-PROOF_FOLDERS = ("tests/hosts/passthrough", "tests/hosts/vfio", "tests/mutants", "tests/virtio")
+PROOF_FOLDERS = ("tests/hosts/iommu", "tests/hosts/passthrough", "tests/hosts/vfio", "tests/mutants", "tests/virtio")
 
 
 @pytest.fixture(scope="session")
