@@ -107,7 +107,7 @@ static void chatter(void) {
 }
 
 #define FLOOD_CHUNK (64 << 10)
-#define FLOOD_CHUNKS 160
+#define FLOOD_CHUNKS 32
 
 static void flood(void) {
     static uint64_t chunk[FLOOD_CHUNK / sizeof(uint64_t)];
