@@ -13,6 +13,8 @@ from typing import IO
 
 import pytest
 
+from kvmlab import runner
+from kvmlab.engine import Engine
 from kvmlab.plugin import ROOT
 from kvmlab.runner import Built
 
@@ -39,7 +41,7 @@ def one_line(errors: bytes | str, *phrases: str) -> None:
         assert phrase in text, f"expected {phrase!r} in: {text}"
 
 
-def make_half(build: Path, target: str) -> Path:
+def make_half(build: Path, target: str, lessons: Path = HOSTS) -> Path:
     """Build a part of tests/hosts, which is laid out like lessons, with the flags of the rest of this build."""
     flags = ["SANITIZE=1"] if build.name == "asan" else []
     if (build / "vmm" / "vmm.gcno").exists():
@@ -47,8 +49,16 @@ def make_half(build: Path, target: str) -> Path:
     built = build / "lessons" / target
     with (build / "lock").open("w") as lock:  # workers of xdist share the build
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["make", "-s", *flags, f"BUILD={build}", f"LESSONS={HOSTS}", built], cwd=ROOT, check=True)
+        subprocess.run(["make", "-s", *flags, f"BUILD={build}", f"LESSONS={lessons}", built], cwd=ROOT, check=True)
     return built
+
+
+def lesson_like(vmm: Path, build: Path, name: str) -> Built:
+    """A lesson, with its VMM under the sanitizers if this VMM is."""
+    built = runner.lesson_built(build, name)
+    if vmm == build / "vmm" / "vmm":
+        return built
+    return Built(make_half(vmm.parent.parent, f"{name}/vmm", Path("lessons")), built.image)
 
 
 def half_command(name: str, command: str) -> int:
@@ -88,3 +98,28 @@ def wait_until_asleep(pid: int) -> None:
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
         assert time.monotonic() < deadline, "the guest does not halt"
         os.sched_yield()
+
+
+def child_of(pid: int) -> int:
+    """The device's process, when it is there."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    deadline = time.monotonic() + 20
+    while not (found := children.read_text().split()):
+        assert time.monotonic() < deadline, "the VMM starts no process"
+        time.sleep(0.01)
+    return int(found[0])
+
+
+def wait_until_gone(pid: int) -> None:
+    """Or a zombie, which has nothing left."""
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline, "the device's process has not ended"
+        time.sleep(0.01)
+
+
+def of_session(engines: dict[str, Engine], name: str) -> Engine:
+    """The engine of this name, if this session has it."""
+    if name not in engines:
+        pytest.skip(f"this session is without {name}: --engines=kvm,svm,vmx")
+    return engines[name]

@@ -2,7 +2,6 @@
 with anything that VFIO can be asked for (tests/hosts/iommu/host.c); and its driver, which does not know whose device it
 drives."""
 
-import fcntl
 import math
 import os
 import re
@@ -12,13 +11,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import Host, make_half, only_plain, started
-from test_passthrough import child_of, wait_until_gone
+from support import Host, child_of, lesson_like, make_half, of_session, only_plain, started, wait_until_gone
 
 from kvmlab import events, runner
 from kvmlab.engine import Engine
 from kvmlab.events import Event
-from kvmlab.plugin import ROOT
 from kvmlab.runner import Built, Run
 from kvmlab.shared_memory import SharedMemory, expect_memory
 
@@ -36,15 +33,7 @@ HARDWARE = "vmm: the device and the IOMMU before it are this machine's, by VFIO\
 
 @pytest.fixture(scope="session")
 def lesson12(vmm: Path, build: Path) -> Built:
-    """The lesson, and its VMM under the sanitizers, too."""
-    if vmm == build / "vmm" / "vmm":
-        return runner.lesson_built(build, NAME)
-    asan = vmm.parent.parent
-    own = asan / "lessons" / NAME / "vmm"
-    with (asan / "lock").open("w") as lock:  # workers of xdist share the build
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["make", "-s", "SANITIZE=1", f"BUILD={asan}", own], cwd=ROOT, check=True)
-    return Built(own, runner.lesson_built(build, NAME).image)
+    return lesson_like(vmm, build, NAME)
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +44,6 @@ def bad_guest(lesson12: Built, build: Path) -> Built:
 
 def run(built: Built, guest: str, *, seed: int = 1, engine: Engine | None = None) -> Run:
     return runner.run(built, [f"--append=guest={guest}"], seed=seed, time_limit=20, vfio=True, engine=engine)
-
-
-def of_session(engines: Engines, name: str) -> Engine:
-    if name not in engines:
-        pytest.skip(f"this session is without {name}: --engines=kvm,svm,vmx")
-    return engines[name]
 
 
 # ---- a guest that lets the device move data from and to anywhere ----

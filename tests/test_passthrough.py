@@ -2,20 +2,16 @@
 that do (tests/hosts/passthrough). Whatever they do, the VMM says what happened, goes on, and has lost nothing but what
 it had given away."""
 
-import fcntl
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from support import make_half, only_plain, started
+from support import child_of, lesson_like, make_half, only_plain, started, wait_until_gone
 
 from kvmlab import runner
 from kvmlab.engine import Engine
 from kvmlab.events import Event
-from kvmlab.plugin import ROOT
 from kvmlab.runner import Built, Run
 from kvmlab.shared_memory import SharedMemory
 
@@ -29,15 +25,7 @@ EOPNOTSUPP = 95
 
 @pytest.fixture(scope="session")
 def lesson11(vmm: Path, build: Path) -> Built:
-    """The lesson, and its VMM under the sanitizers, too."""
-    if vmm == build / "vmm" / "vmm":
-        return runner.lesson_built(build, NAME)
-    asan = vmm.parent.parent
-    own = asan / "lessons" / NAME / "vmm"
-    with (asan / "lock").open("w") as lock:  # workers of xdist share the build
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["make", "-s", "SANITIZE=1", f"BUILD={asan}", own], cwd=ROOT, check=True)
-    return Built(own, runner.lesson_built(build, NAME).image)
+    return lesson_like(vmm, build, NAME)
 
 
 @pytest.fixture(scope="session")
@@ -201,24 +189,6 @@ def test_a_window_that_is_taken_away_in_mid_transfer_is_left_alone(bad_guest: Bu
 
 
 # ---- what the device's process has, and how long it lives ----
-
-
-def child_of(pid: int) -> int:
-    """The device's process, when it is there."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    deadline = time.monotonic() + 20
-    while not (found := children.read_text().split()):
-        assert time.monotonic() < deadline, "the VMM starts no process"
-        time.sleep(0.01)
-    return int(found[0])
-
-
-def wait_until_gone(pid: int) -> None:
-    """Or a zombie, which has nothing left."""
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text():
-        assert time.monotonic() < deadline, "the device's process has not ended"
-        time.sleep(0.01)
 
 
 @only_plain

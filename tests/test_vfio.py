@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import support
+from support import make_half, of_session
 from variants import Variant, command
 
 from kvmlab import cache, engine, runner
@@ -26,15 +26,10 @@ FORBIDDEN = [0x8000000, 0x9000000, 0xC00000]
 DMAR = r"DMAR: \[DMA Write NO_PASID\] Request device \[00:02\.0\] fault addr (0x\w+) \[.*\] PTE Write access is not set"
 
 
-def of_session(engines: Engines, name: str) -> None:
-    if name not in engines:
-        pytest.skip(f"this session is without {name}: --engines=kvm,svm,vmx")
-
-
 @pytest.fixture(scope="module")
 def vfio(build: Path) -> Built:
     """Both halves of tests/hosts/vfio."""
-    return Built(support.make_half(build, "vfio/vmm"), support.make_half(build, "vfio/image.elf"))
+    return Built(make_half(build, "vfio/vmm"), make_half(build, "vfio/image.elf"))
 
 
 @pytest.fixture(scope="module", params=["", "npt=0"], ids=["nested paging", "shadow paging"])
