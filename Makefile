@@ -83,6 +83,8 @@ VMM_LDFLAGS = -no-pie -pthread
 endif
 ifdef COVERAGE
 VMM_CFLAGS += --coverage -fprofile-abs-path
+# libgcov's fork() calls this, and has only a weak reference to it: a static program would call nothing.
+VMM_LDFLAGS += -Wl,-u,pthread_mutex_init
 GUEST_COVERAGE = -fprofile-arcs -ftest-coverage -fprofile-info-section -fprofile-abs-path -DKVMLAB_COVERAGE
 GUEST_LIBS = -lgcov
 RUNTIME_EXTRA = coverage
