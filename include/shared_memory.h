@@ -20,6 +20,9 @@ int shared_memory_make(uint64_t size, unsigned stream);
 /* The VMM's mapping of all of it. The guest, or a device, may write there at any time. */
 uint8_t *shared_memory(void);
 
+/* Let the guest have [offset, offset + size) of it at this gpa: a memory slot of this number. */
+void shared_memory_slot(uint32_t slot, gpa_t gpa, uint64_t offset, uint64_t size);
+
 /* RAM of the guest that nobody may write to: is all of [gpa, gpa + size) this byte? */
 bool ram_is(gpa_t gpa, uint64_t size, uint8_t byte);
 

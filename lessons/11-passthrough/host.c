@@ -190,12 +190,7 @@ static void windows_make(void) {
     lab.file = shared_memory_make(SHARED_SIZE, CONTENT_STREAM);
     for (uint32_t i = 0; i < WINDOWS; i++) {
         const struct window *window = &plan.window[i];
-        struct kvm_userspace_memory_region memory = {.slot = HOST_SLOT_FIRST + i,
-                                                     .guest_phys_addr = window->gpa,
-                                                     .memory_size = window->size,
-                                                     .userspace_addr = (uintptr_t)shared_memory() +
-                                                                       window->offset};
-        host_vm(KVM_SET_USER_MEMORY_REGION, &memory);
+        shared_memory_slot(HOST_SLOT_FIRST + i, window->gpa, window->offset, window->size);
     }
 }
 

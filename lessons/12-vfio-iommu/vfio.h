@@ -334,8 +334,8 @@ static void vfio_record(unsigned long request, const void *argument,
 
 static int vfio_ioctl(int file, unsigned long request, const char *name, void *argument) {
     struct vfio_files *files = vfio_files_of(file);
-    struct vfio_iommu_type1_dma_unmap unmap = {
-        0}; /* as it was asked: the answer has another size */
+    /* As it was asked: the answer has another size. */
+    struct vfio_iommu_type1_dma_unmap unmap = {0};
     if (request == VFIO_IOMMU_UNMAP_DMA && !is_bad_pointer(request, argument))
         unmap = *(struct vfio_iommu_type1_dma_unmap *)argument;
     int answer = vfio_do(files, file, request, argument);

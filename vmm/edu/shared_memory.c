@@ -50,6 +50,15 @@ int shared_memory_make(uint64_t size, unsigned stream) {
 
 uint8_t *shared_memory(void) { return shared.bytes; }
 
+void shared_memory_slot(uint32_t slot, gpa_t gpa, uint64_t offset, uint64_t size) {
+    struct kvm_userspace_memory_region memory = {.slot = slot,
+                                                 .guest_phys_addr = gpa,
+                                                 .memory_size = size,
+                                                 .userspace_addr =
+                                                     (uintptr_t)shared.bytes + offset};
+    host_vm(KVM_SET_USER_MEMORY_REGION, &memory);
+}
+
 bool ram_is(gpa_t gpa, uint64_t size, uint8_t byte) {
     const uint8_t *ram = host_memory(gpa, size);
     bool is_same = ram != NULL;
