@@ -35,10 +35,9 @@ enum trace_result {
 
 struct trace_entry {
     uint32_t kind, result;
-    /* The offset of the register that acts; the interrupt status; the command of a transfer; why an
-     * IOMMU has blocked it. */
+    /* The offset of the register that acts; the interrupt status; the command of a transfer. */
     uint32_t number;
-    uint32_t value;                 /* of that register */
+    uint32_t value; /* of that register; of a fault, whether the device was to write */
     uint64_t address, size, offset; /* of DMA, or of what is mapped; in the device's buffer, or in
                                        the file */
 };
@@ -59,9 +58,12 @@ struct trace *trace_make(void);
 
 void trace_add(struct trace *trace, struct trace_entry entry);
 
-/* Record what was added since the last call with this count, as events of kind `device`: their
- * `form` is the name given. */
+/* Record what was added since the last call with this count, as events of kind `device`, whose `form`
+ * is the name given; but faults as below. */
 void trace_record(const struct trace *trace, uint32_t *recorded, const char *form);
+
+/* Record what an IOMMU has blocked, and what is said of it, as an event `fault`. */
+void fault_record(uint64_t address, bool is_write, const char *text);
 
 /* ---- the device itself ---- */
 

@@ -549,9 +549,6 @@ static struct {
 /* In the device's process: what it has translated before, and each access to memory. */
 static struct iotlb device_iotlb;
 
-#define FAULT_WRITE 5 /* VT-d specification, "Fault Reasons": the page is not for writing; */
-#define FAULT_READ 6  /* or not for reading */
-
 static uint8_t *device_reach(uint64_t iova, uint64_t *size, bool is_write) {
     uint64_t hpa, in_page = iova % PAGE_SIZE;
     uint8_t *page = NULL;
@@ -561,7 +558,7 @@ static uint8_t *device_reach(uint64_t iova, uint64_t *size, bool is_write) {
         page = hpa_reach(hpa - in_page);
     if (!page)
         trace_add(lab.trace, (struct trace_entry){.kind = TRACE_FAULT,
-                                                  .number = is_write ? FAULT_WRITE : FAULT_READ,
+                                                  .value = is_write,
                                                   .address = iova - in_page});
     return page ? page + in_page : NULL;
 }
@@ -714,14 +711,6 @@ static void line_acknowledged(void) {
 
 /* ---- what is recorded ---- */
 
-static void fault_record(uint64_t address, bool is_write, const char *text) {
-    event_begin("fault");
-    event_hex("address", address);
-    event_number("is_write", is_write);
-    event_string("text", text);
-    event_end();
-}
-
 /* Of a line such as "DMAR: [DMA Write NO_PASID] Request device [00:02.0] fault addr 0xc00000 ...". */
 static bool fault_parse(const char *text) {
     const char *address = strstr(text, "fault addr ");
@@ -756,24 +745,13 @@ static void kernel_log_read(bool is_due) {
     }
 }
 
-/* The device's process has left what its IOMMU has blocked among all that it has done. */
-static void software_faults_record(void) {
-    uint32_t count = __atomic_load_n(&lab.trace->count, __ATOMIC_SEQ_CST);
-    for (uint32_t i = lab.traced; i < count && i < TRACE_MAX; i++) {
-        struct trace_entry entry = lab.trace->entry[i];
-        if (entry.kind == TRACE_FAULT)
-            fault_record(entry.address, entry.number == FAULT_WRITE, "in software");
-    }
-}
-
+/* Software leaves what it has blocked among all that it has done. */
 static void faults_record(enum stage stage) {
     bool is_due = stage == STAGE_READ_ONLY || stage == STAGE_OUTSIDE || stage == STAGE_UNMAPPED;
-    if (vfio_files[0].is_software) {
-        software_faults_record();
+    if (vfio_files[0].is_software)
         trace_record(lab.trace, &lab.traced, "software");
-    } else {
+    else
         kernel_log_read(is_due);
-    }
 }
 
 static void stage_record(enum stage stage) {

@@ -27,12 +27,23 @@ static void entry_fields(const struct trace_entry *entry) {
     event_string("result", results[entry->result]);
 }
 
+void fault_record(uint64_t address, bool is_write, const char *text) {
+    event_begin("fault");
+    event_hex("address", address);
+    event_number("is_write", is_write);
+    event_string("text", text);
+    event_end();
+}
+
 static void entry_record(const char *form, const struct trace_entry *shared) {
-    static const char *const kinds[TRACE_KINDS] = {"act", "interrupt", "dma",
-                                                   "map", "unmap",     "fault"};
+    static const char *const kinds[TRACE_KINDS] = {"act", "interrupt", "dma", "map", "unmap"};
     struct trace_entry entry = *shared; /* the other process may write to it meanwhile */
     if (entry.kind >= TRACE_KINDS || entry.result >= RESULTS)
         return;
+    if (entry.kind == TRACE_FAULT) {
+        fault_record(entry.address, entry.value, "in software");
+        return;
+    }
     event_begin("device");
     event_string("form", form);
     event_string("what", kinds[entry.kind]);
@@ -42,10 +53,6 @@ static void entry_record(const char *form, const struct trace_entry *shared) {
         event_hex("value", entry.value);
         break;
     case TRACE_INTERRUPT: event_hex("status", entry.number); break;
-    case TRACE_FAULT:
-        event_hex("address", entry.address);
-        event_number("reason", entry.number);
-        break;
     default: entry_fields(&entry);
     }
     event_end();
