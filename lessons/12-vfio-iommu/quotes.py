@@ -43,7 +43,7 @@ def quotes(run: Run) -> list[str]:
         f"io_map() for {first.iova:#x}: accesses",
         f"io_walk() for {beyond.iova:#x}: what is permitted",
         f"`io_map() for {again.iova:#x}: the entry of level2 permits`",
-        f"iotlb_translate() for {stale.iova:#x}, to write: hpa",
+        f"`iotlb_translate() for {stale.iova:#x}, to write: entries read`",
     ]
 
 
