@@ -1,6 +1,7 @@
 """What the tests of the VMM share: its two builds, and a way to call it with any command line."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ os.environ["ASAN_OPTIONS"] = f"exitcode={SANITIZER_STATUS}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts us in the background ignores it, and so would all that the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes more than a minute; starts first, beside all others")
 
 
