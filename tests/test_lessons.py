@@ -154,6 +154,11 @@ def test_one_missing_part_builds_costs_points_and_is_named(variant: StartVariant
         assert "vmm: the guest crashed" in shown.errors, str(shown)
 
 
+@pytest.mark.parametrize("region", ALL_REGIONS, ids=str)
+def test_the_word_todo_tells_a_stub_from_a_solution(region: Region) -> None:
+    assert ("TODO" in region.stub, "TODO" in region.solution) == (True, False)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_points_grow_with_each_part_that_is_written(variant: StartVariant, name: str) -> None:
     parts = regions(name)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmlab import markers
 from kvmlab.lesson import load
 from kvmlab.plugin import ROOT
 from kvmlab.runner import Run, status_of
@@ -148,7 +149,7 @@ class Variant:
     @property
     def sources(self) -> list[Path]:
         """The files in which students may write, in the order of the work."""
-        return [*(self.home / name for name in load(self.folder).also), *sorted(self.folder.glob("*.c"))]
+        return load(self.folder).sources
 
     def patch(self, name: str) -> None:
         """Put one of the wrong solutions of tests/mutants in the solution's place."""
@@ -209,12 +210,6 @@ def variant(solutions: Path, tmp_path: Path) -> Iterator[Callable[[str], Variant
 
 # ---- the places where students write ----
 
-_REGION = re.compile(
-    r"^ */\* BEGIN SOLUTION \*/\n(?P<solution>.*?)^ */\* STUB\n(?P<stub>.*?)^ *END SOLUTION \*/\n",
-    re.MULTILINE | re.DOTALL,
-)
-_FUNCTION = re.compile(r"^(?:static|void|bool) [^;=]*?(\w+)\(", re.MULTILINE)
-
 
 @dataclass(frozen=True)
 class Region:
@@ -234,10 +229,9 @@ def regions(name: str) -> list[Region]:
     """The regions of a lesson, in the order of the work."""
     found = []
     for path in Variant(ROOT, name).sources:
-        text = path.read_text()
-        for match in _REGION.finditer(text):
-            function = _FUNCTION.findall(text[: match.start()])[-1]
-            found.append(Region(name, str(path.relative_to(ROOT)), function, match["solution"], match["stub"]))
+        file = str(path.relative_to(ROOT))
+        parts = markers.parts(path.read_text())
+        found += [Region(name, file, part.function, part.text, part.stub) for part in parts]
     return found
 
 
@@ -245,5 +239,5 @@ def write_stubs(variant: Variant, stubs: list[Region]) -> None:
     """Put stubs in these places, and solutions without markers in all others."""
     wanted = {region.stub for region in stubs}
     for path in variant.sources:
-        text = _REGION.sub(lambda match: match["stub" if match["stub"] in wanted else "solution"], path.read_text())
+        text = markers.PART.sub(lambda match: match["stub" if match["stub"] in wanted else "text"], path.read_text())
         path.write_text(text)

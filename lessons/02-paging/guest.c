@@ -121,7 +121,7 @@ static bool lazy_fault(uint64_t root, uint64_t lazy_start, uint64_t gva, struct 
     return true;
     /* STUB
     (void)root, (void)lazy_start, (void)gva, (void)fault;
-    return false; // until this is written, the run ends with the first lazy page
+    return false; // TODO: until this is written, the run ends with the first lazy page
     END SOLUTION */
 }
 

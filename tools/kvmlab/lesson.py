@@ -43,6 +43,16 @@ class Lesson:
         return int(self.name.split("-")[0])
 
     @property
+    def root(self) -> Path:
+        """The project, or what stands for it: what the files named in `also` are looked for in."""
+        return self.folder.parent.parent
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files in which students may write, in the order of the work."""
+        return [*(self.root / name for name in self.also), *sorted(self.folder.glob("*.c"))]
+
+    @property
     def tests(self) -> Path:
         return self.folder / "test_lesson.py"
 

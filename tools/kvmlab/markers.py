@@ -8,7 +8,12 @@ tree:
     /* STUB
     what the student finds instead
     END SOLUTION */
+
+A stub has the word TODO in it, which no solution has: that is how the two are told apart in a student's tree.
 """
+
+import re
+from dataclasses import dataclass
 
 BEGIN = "/* BEGIN SOLUTION */"
 STUB = "/* STUB"
@@ -23,6 +28,38 @@ class MarkerError(Exception):
 def has_stub(text: str) -> bool:
     """Is there a stub that waits to take a solution's place? The student's own tree has none."""
     return any(line.strip() == STUB for line in text.splitlines())
+
+
+PART = re.compile(
+    r"^[ \t]*/\* BEGIN SOLUTION \*/\n(?P<text>.*?)"
+    r"(?:^[ \t]*/\* STUB\n(?P<stub>.*?)^[ \t]*END SOLUTION \*/\n|^[ \t]*/\* END SOLUTION \*/\n)",
+    re.MULTILINE | re.DOTALL,
+)
+_FUNCTION = re.compile(r"^(?:static|void|bool) [^;=]*?(\w+)\(", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A place where a student writes."""
+
+    function: str
+    line: int  # the one with BEGIN SOLUTION
+    text: str  # what stands there; in our tree the solution
+    stub: str  # "" in a student's tree
+
+    @property
+    def is_written(self) -> bool:
+        return "TODO" not in self.text
+
+
+def parts(text: str) -> list[Part]:
+    """The places of a file, from top to bottom. Where a student has taken the markers away, there is none."""
+    found = []
+    for match in PART.finditer(text):
+        before = text[: match.start()]
+        function = _FUNCTION.findall(before)[-1:]
+        found.append(Part("".join(function), before.count("\n") + 1, match["text"], match["stub"] or ""))
+    return found
 
 
 def student_version(text: str, name: str = "file") -> str:
