@@ -5,6 +5,7 @@ Tests import this and name it as their plugin, for its fixtures (so: PYTEST_DONT
 
 import atexit
 import functools
+import itertools
 import json
 import os
 import re
@@ -85,6 +86,14 @@ def command(*arguments: str | Path, folder: Path = ROOT, **environment: str) -> 
     return Shown(done.returncode, done.stdout, done.stderr)
 
 
+def git(folder: Path, *arguments: str) -> str:
+    """What git says to a student."""
+    who = ["-c", "user.name=Student", "-c", "user.email=student@localhost"]
+    shown = command("git", *who, *arguments, folder=folder)
+    assert shown.status == 0, str(shown)
+    return shown.output
+
+
 class Server:
     """tests/kvmlab_server.py: `python -m kvmlab`, over and over, without the time that it takes to start."""
 
@@ -157,6 +166,12 @@ class Variant:
         # The folder may lie in a repository: git must not look for the files there.
         shown = command("git", "apply", patch, folder=self.home, GIT_CEILING_DIRECTORIES=str(self.home.parent))
         assert shown.status == 0, f"the solution has changed, and {patch} does not fit any more:\n{shown}"
+
+    def change(self, file: str, old: str, new: str) -> None:
+        """Where the old text stands, once."""
+        path = self.folder / file
+        assert path.read_text().count(old) == 1
+        path.write_text(path.read_text().replace(old, new))
 
     def make(self, *arguments: str, path: str = ENVIRONMENT["PATH"]) -> Shown:
         own = [f"GUEST={self.home / 'guest'}"] if (self.home / "guest").exists() else []
@@ -241,3 +256,34 @@ def write_stubs(variant: Variant, stubs: list[Region]) -> None:
     for path in variant.sources:
         text = markers.PART.sub(lambda match: match["stub" if match["stub"] in wanted else "text"], path.read_text())
         path.write_text(text)
+
+
+@pytest.fixture
+def student_home(tmp_path: Path) -> Path:
+    """The lessons and the runtime as students get them; nothing is built."""
+    for folder in ("lessons", "guest"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in NAMES:
+        for path in Variant(tmp_path, name).sources:
+            path.write_text(markers.student_version(path.read_text()))
+    return tmp_path
+
+
+def write_parts(home: Path, name: str, count: int) -> None:
+    """Write the first parts of a lesson, leave the stubs of the others."""
+    this = Variant(home, name)
+    for path in this.sources:
+        shutil.copy(ROOT / path.relative_to(home), path)
+    write_first(this, count)
+
+
+def write_first(this: Variant, count: int) -> None:
+    """The same for files that are as ours."""
+    numbers = itertools.count()
+
+    def keep(match: re.Match[str]) -> str:
+        text = match["text" if next(numbers) < count else "stub"]
+        return f"{markers.BEGIN}\n{text}{markers.STUDENT_END}\n"
+
+    for path in this.sources:
+        path.write_text(markers.PART.sub(keep, path.read_text()))

@@ -56,7 +56,7 @@ def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
         verdicts = judge.judge(lesson, arguments.build, engine, [seed], run)
     if engine.trace:
         print(trace.summary(run.events))
-    print(judge.report(lesson, verdicts))
+    print(judge.report(lesson, arguments.build, verdicts))
     status = runner.status_of(run, lesson)
     if any(not verdict.passed for verdict in verdicts):
         print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
@@ -104,7 +104,7 @@ def _check_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     except judge.HostError as error:
         print(error, file=sys.stderr)
         return 5
-    print(judge.report(lesson, verdicts))
+    print(judge.report(lesson, arguments.build, verdicts))
     failed = next((verdict for verdict in verdicts if not verdict.passed), None)
     if failed:
         print(f"to see that run: make run LESSON={lesson.number} SEED={failed.seed}")

@@ -8,7 +8,11 @@ from kvmlab.runner import Run
 
 
 class CheckFailed(AssertionError):
-    """A check that does not hold; its text is what the student reads."""
+    """A check that does not hold; its text is what the student reads. near: the event that shows it."""
+
+    def __init__(self, text: str, near: Event | None = None) -> None:
+        super().__init__(text)
+        self.near = near
 
 
 def expect(run: Run, what: str, *, expected: object, seen: object, near: Event | None = None) -> None:
@@ -19,12 +23,14 @@ def expect(run: Run, what: str, *, expected: object, seen: object, near: Event |
 
 
 def require(run: Run, what: str, kind: str, /, **fields: object) -> Event:
-    """The first event of this kind with these fields; fail if the run has none."""
+    """The first event of this kind with these fields; fail if the run has none, and show how it ended."""
     __tracebackhide__ = True
     found = run.one(kind, **fields)
     if found is None:
         wanted = " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
-        fail(run, what, f"expected an event: {kind} {wanted}", "seen     none", _how_it_ended(run))
+        last = run.events[-1] if run.events else None
+        lines = f"expected an event: {f'{kind} {wanted}'.rstrip()}", "seen     none", _how_it_ended(run)
+        fail(run, what, *lines, near=last)
     return found
 
 
@@ -32,7 +38,7 @@ def fail(run: Run, what: str, *lines: str, near: Event | None = None) -> NoRetur
     """Fail with these lines."""
     __tracebackhide__ = True
     context = list(events.around(run.events, near)) if near else []
-    raise CheckFailed("\n".join([what, *lines, *context]))
+    raise CheckFailed("\n".join([what, *lines, *context]), near)
 
 
 def _how_it_ended(run: Run) -> str:

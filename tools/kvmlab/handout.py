@@ -22,6 +22,7 @@ _LEFT_OUT = {
     "tests/test_lesson_texts.py",
     "tests/test_lessons.py",
     "tests/test_passthrough.py",
+    "tests/test_source.py",
     "tests/test_terminal.py",
     "tests/test_tlb_notes.py",
     "tests/test_userfaultfd.py",

@@ -1,17 +1,21 @@
 """Apply a lesson's checks and say what came out: the verdict of `make run` and `make check`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from kvmlab import plugin
+from kvmlab import plugin, runner, source
 from kvmlab.engine import Engine, Unable
+from kvmlab.events import Event
 from kvmlab.expect import CheckFailed
 from kvmlab.lesson import Lesson, UsageError
 from kvmlab.machine import MachineError
 from kvmlab.runner import Run
+
+# The events that say where a guest was that did not end well.
+_ENDS = ("panic", "triple_fault", "emulation_failure", "hang")
 
 
 class HostError(Exception):
@@ -26,6 +30,7 @@ class Verdict:
     seed: int
     passed: bool
     message: str = ""
+    event: Event | None = None  # has the rip at which it went wrong, as far as that is known
 
 
 class _Collector:
@@ -69,15 +74,26 @@ class _Collector:
             message = str(error)
         else:
             message = f"the check itself failed: {call.excinfo.exconly() if call.excinfo else ''}"
-        if error and not self.recorded:
-            message += _said_by_vmm(item.funcargs.get("run"))
+        if error and not self.recorded and isinstance(run, Run):
+            message += _said_by_vmm(run)
         check = (item.originalname or item.name).removeprefix("test_")
-        self.verdicts.append(Verdict(check, seed, error is None, message))
+        event = _event(run, error) if error and isinstance(run, Run) else None
+        self.verdicts.append(Verdict(check, seed, error is None, message, event))
 
 
-def _said_by_vmm(run: object) -> str:
+def _event(run: Run, error: BaseException) -> Event | None:
+    """Where it went wrong: the event that the check has shown, or the one that ended the run."""
+    near = error.near if isinstance(error, CheckFailed) else None
+    events = [near] if near else []
+    events += [event for kind in _ENDS if (event := run.one(kind))]
+    if run.one("end", how="unknown access"):
+        events += run.all("exit")[-1:]
+    return next((event for event in events if isinstance(event.get("rip"), int)), None)
+
+
+def _said_by_vmm(run: Run) -> str:
     """Why a run that nobody watched ended early, without the registers and walks that explain it."""
-    lines = run.errors.splitlines() if isinstance(run, Run) and run.status else []
+    lines = run.errors.splitlines() if run.status else []
     return "".join("\n" + line for line in lines if line.startswith("vmm: "))
 
 
@@ -106,7 +122,17 @@ def points(lesson: Lesson, verdicts: list[Verdict]) -> int:
     return sum(worth for check, worth in lesson.points.items() if check not in failed)
 
 
-def report(lesson: Lesson, verdicts: list[Verdict]) -> str:
+def _explained(lesson: Lesson, build: Path, failed: Verdict) -> Iterator[str]:
+    """All there is to say of a check that fails."""
+    yield from failed.message.splitlines()
+    built = runner.lesson_built(build, lesson.name)
+    yield from runner.crash_location(built, failed.message).splitlines()
+    if failed.event and (place := source.of_student(lesson, built.image, failed.event)):
+        yield f"the guest was at {place}"
+    yield f"(seed {failed.seed})"
+
+
+def report(lesson: Lesson, build: Path, verdicts: list[Verdict]) -> str:
     """One line for each check, and for the first that fails all there is to say."""
     lines = []
     explained = False
@@ -117,7 +143,7 @@ def report(lesson: Lesson, verdicts: list[Verdict]) -> str:
         lines.append(f"  {'FAIL' if failed else 'pass'}  {0 if failed else worth}/{worth}  {title}")
         if failed and not explained:
             explained = True
-            lines += [f"             {line}" for line in [*failed.message.splitlines(), f"(seed {failed.seed})"]]
+            lines += [f"             {line}" for line in _explained(lesson, build, failed)]
     total = sum(lesson.points.values())
     lines.append(f"lesson {lesson.number}: {points(lesson, verdicts)} of {total} points")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ A stub has the word TODO in it, which no solution has: that is how the two are t
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 BEGIN = "/* BEGIN SOLUTION */"
 STUB = "/* STUB"
@@ -60,6 +61,11 @@ def parts(text: str) -> list[Part]:
         function = _FUNCTION.findall(before)[-1:]
         found.append(Part("".join(function), before.count("\n") + 1, match["text"], match["stub"] or ""))
     return found
+
+
+def parts_of(path: Path) -> list[Part]:
+    """Of a file that may be gone, or be no text."""
+    return parts(path.read_text(errors="replace")) if path.is_file() else []
 
 
 def student_version(text: str, name: str = "file") -> str:

@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import subprocess
 import sys
 import uuid
 from collections import defaultdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmlab import events as record
+from kvmlab import source
 from kvmlab.engine import Engine, Kvm
 from kvmlab.events import Event
 from kvmlab.lesson import Lesson
@@ -162,8 +162,5 @@ def crash_location(built: Built, errors: str) -> str:
     found = re.search(r"VMM itself crashed: .* at pc (0x[0-9a-f]+)", errors)
     if not found:
         return ""
-    done = subprocess.run(
-        ["addr2line", "-f", "-s", "-e", str(built.vmm), found[1]], capture_output=True, text=True, check=False
-    )
-    function, _, line = done.stdout.strip().partition("\n")
-    return f"vmm: that is in {function}, {line}\n"
+    line = next(source.lines_at(built.vmm, found[1]), source.UNKNOWN)
+    return f"vmm: that is in {line.function}, {Path(line.file).name}:{line.number}\n"
