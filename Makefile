@@ -27,10 +27,10 @@ check: build-lesson ## LESSON=n [SEED=s] [ENGINE=e] [KVM_PARAMS=...]  the same c
 compare: build-lesson ## LESSON=n [SEED=s] [ENGINE=e]  the lesson on several machines, and what differs, as a table
 	@$(KVMLAB) compare $(LESSON) $(if $(SEED),--seed='$(SEED)') $(if $(ENGINE),--engine='$(ENGINE)')
 
-list: setup-run ## the lessons
+list: setup-run ## the lessons: points of the last run or check, parts that are written
 	@$(KVMLAB) list
 
-hint: setup-run ## LESSON=n  the next hint; each time one more
+hint: setup-run ## LESSON=n  a hint for the part that is to be written next; each time one more
 	@$(KVMLAB) hint $(LESSON)
 
 handout: setup-run ## DEST=dir  write the student tree: the lessons without their solutions

@@ -10,22 +10,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from kvmlab import engine as engines
+from kvmlab import hints, progress, trace
 from kvmlab import lesson as lessons
-from kvmlab import trace
 from kvmlab.engine import CannotRun, Engine, Unable
 from kvmlab.lesson import Lesson, UsageError
 from kvmlab.machine import MachineError
 from kvmlab.markers import MarkerError
+from kvmlab.progress import Progress
+
+if TYPE_CHECKING:
+    from kvmlab.judge import Verdict
 
 CHECK_SEEDS = 3
 
 
 def _lesson(arguments: argparse.Namespace) -> Lesson:
     if not arguments.lesson:
-        raise UsageError("which lesson? say LESSON=n, as in: make hint LESSON=1")
+        raise UsageError(f"which lesson? say LESSON=n, as in: make {arguments.command} LESSON=1")
     return lessons.find(arguments.lessons, arguments.lesson)
 
 
@@ -42,6 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     from kvmlab import judge, runner
 
+    sources = progress.sources_hash(lesson)
     seed = _seed_chosen(arguments)
     built = runner.lesson_built(arguments.build, lesson.name)
     events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
@@ -56,7 +61,7 @@ def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
         verdicts = judge.judge(lesson, arguments.build, engine, [seed], run)
     if engine.trace:
         print(trace.summary(run.events))
-    print(judge.report(lesson, arguments.build, verdicts))
+    _report(arguments, lesson, verdicts, sources)
     status = runner.status_of(run, lesson)
     if any(not verdict.passed for verdict in verdicts):
         print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
@@ -97,6 +102,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _check_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     from kvmlab import judge
 
+    sources = progress.sources_hash(lesson)
     seeds = [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)] if arguments.seed is None else [arguments.seed]
     try:
         with _engine(lesson, arguments, f"(seeds {', '.join(map(str, seeds))})") as engine:
@@ -104,11 +110,19 @@ def _check_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     except judge.HostError as error:
         print(error, file=sys.stderr)
         return 5
-    print(judge.report(lesson, arguments.build, verdicts))
+    _report(arguments, lesson, verdicts, sources)
     failed = next((verdict for verdict in verdicts if not verdict.passed), None)
     if failed:
         print(f"to see that run: make run LESSON={lesson.number} SEED={failed.seed}")
     return 1 if failed else 0
+
+
+def _report(arguments: argparse.Namespace, lesson: Lesson, verdicts: "list[Verdict]", sources: str) -> None:
+    """Show the verdict, and keep what `make list` says of it."""
+    from kvmlab import judge
+
+    print(judge.report(lesson, arguments.build, verdicts))
+    progress.keep(lesson, arguments.build, Progress(judge.points(lesson, verdicts), sources))
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -130,23 +144,14 @@ def _compare_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    for lesson in lessons.load_all(arguments.lessons):
-        print(f"{lesson.number:3}  {lesson.title}  ({sum(lesson.points.values())} points, {lesson.folder})")
+    for line in progress.table(lessons.load_all(arguments.lessons), arguments.build):
+        print(line)
     return 0
 
 
 def _hint(arguments: argparse.Namespace) -> int:
-    """The next tier each time; where the student is stands in the build folder."""
-    lesson = _lesson(arguments)
-    place = arguments.build / "lessons" / lesson.name / "hints-given"
-    given = int(place.read_text()) if place.exists() else 0
-    tiers = max(len(hint.tiers) for hint in lesson.hints)
-    tier = min(given, tiers - 1)
-    print(f"lesson {lesson.number}, hint {tier + 1} of {tiers}")
-    for hint in lesson.hints:
-        print(f"  {hint.task}:\n    {hint.tiers[min(tier, len(hint.tiers) - 1)]}")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(str(given + 1))
+    for line in hints.next_hints(_lesson(arguments), arguments.build):
+        print(line)
     return 0
 
 
@@ -182,11 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lessons", type=Path, default=Path("lessons"))
     parser.add_argument("--build", type=Path, default=Path("build"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, function in {"run": _run, "check": _check, "compare": _compare, "hint": _hint}.items():
+    of_lesson = {"run": _run, "check": _check, "compare": _compare, "hint": _hint}
+    for name, function in of_lesson.items():
         command = commands.add_parser(name)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, command=name)
         command.add_argument("lesson", nargs="?", help="1, 01 or 01-vm-exit")
-        if name != "hint":
+        if name in ("run", "check", "compare"):
             command.add_argument("--seed", type=_seed)
             command.add_argument("--engine", default="auto")
         if name in ("run", "check"):

@@ -23,6 +23,7 @@ _LEFT_OUT = {
     "tests/test_lessons.py",
     "tests/test_passthrough.py",
     "tests/test_source.py",
+    "tests/test_student.py",
     "tests/test_terminal.py",
     "tests/test_tlb_notes.py",
     "tests/test_userfaultfd.py",
