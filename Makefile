@@ -33,7 +33,10 @@ list: setup-run ## the lessons: points of the last run or check, parts that are 
 hint: setup-run ## LESSON=n  a hint for the part that is to be written next; each time one more
 	@$(KVMLAB) hint $(LESSON)
 
-handout: setup-run ## DEST=dir  write the student tree: the lessons without their solutions
+reset: setup-run ## LESSON=n  the stubs of a lesson again; what was there is kept
+	@$(KVMLAB) reset $(LESSON)
+
+handout: setup-run ## DEST=dir  write the student tree, a git repository: the lessons without their solutions
 	@$(KVMLAB) handout '$(DEST)'
 
 test: setup-test setup-svm setup-vmx ## [ENGINE=kvm,svm,vmx]  everything that must hold before a change lands
@@ -61,7 +64,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check compare list hint handout test cover doctor lint setup help clean build-lesson build-all build-asan
+.PHONY: run check compare list hint reset handout test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 

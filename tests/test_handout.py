@@ -7,17 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from variants import NAMES, Region, Shown, command, regions
+from support import one_line
+from variants import NAMES, Region, Shown, command, git, regions
 
 from kvmlab import markers
 from kvmlab.plugin import ROOT
 
 pytest_plugins = ["variants"]
 
-PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
+PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build", "kept"}
 PROOF_OF = (
-    *("commands", "compare", "engines", "handout", "lesson_texts", "lessons", "terminal", "tlb_notes", "userfaultfd"),
-    *("iommu", "passthrough", "source", "student", "vfio", "virtio_guest"),
+    *("commands", "compare", "engines", "handout", "lesson_texts", "lessons", "terminal", "tlb_notes"),
+    *("iommu", "passthrough", "reset", "source", "student", "userfaultfd", "vfio", "virtio_guest"),
 )
 PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
 # What the VMM and the guests' runtime do in the way that a lesson has students write.
@@ -46,9 +47,10 @@ def hand_out(source: Path, destination: Path) -> Shown:
     return command("make", "handout", f"DEST={destination}", folder=source)
 
 
-def hand_out_status(source: Path, destination: Path) -> Shown:
+def hand_out_status(source: Path, destination: Path, **environment: str) -> Shown:
     """The same without make, which would turn every failure into its own status 2."""
-    return command(sys.executable, "-m", "kvmlab", "handout", destination, folder=source, PYTHONPATH="tools")
+    environment["PYTHONPATH"] = "tools"
+    return command(sys.executable, "-m", "kvmlab", "handout", destination, folder=source, **environment)
 
 
 def files(tree: Path) -> set[str]:
@@ -107,7 +109,64 @@ def test_only_what_git_tracks_is_handed_out(project: Path, student: Path, tmp_pa
     theirs = tmp_path / "theirs"
     assert hand_out(ours, theirs).status == 0
     assert files(theirs) == files(student) - {"LICENSE"}
-    assert [name for name in (".git", "build") if (theirs / name).exists()] == []
+    assert not (theirs / "build").exists()
+
+
+# ---- the repository that it is ----
+
+
+def expect_one_commit(tree: Path) -> None:
+    """Of all that is there; git knows nothing else, so no solution either."""
+    assert git(tree, "rev-list", "--all", "--count") == "1\n"
+    assert git(tree, "status", "--porcelain", "--ignored") == ""
+    tracked = set(git(tree, "ls-files", "-z").split("\0")) - {""}
+    assert tracked == files(tree)
+    known = {line.split()[0] for line in git(tree, "cat-file", "--batch-all-objects", "--batch-check").splitlines()}
+    named = {line.split()[0] for line in git(tree, "rev-list", "--all", "--objects").splitlines()}
+    assert known == named
+
+
+def test_the_student_tree_is_a_repository_with_one_commit(student: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shown = hand_out(student, again)
+    assert (shown.status, shown.errors) == (0, "")
+    expect_one_commit(again)
+    assert git(again, "log", "--format=%an %s") == "kvmlab The lessons as they are handed out\n"
+
+
+HOSTILE = """[commit]
+gpgSign = true
+[core]
+excludesFile = {home}/ignore
+hooksPath = {home}/hooks
+autocrlf = true
+"""
+
+
+def test_it_is_so_whatever_the_users_git_is_set_up_to_do(student: Path, tmp_path: Path) -> None:
+    """With a name or without, in a hook of another repository, and with hooks of the user's own."""
+    home = tmp_path / "home"
+    (home / "hooks").mkdir(parents=True)
+    (home / "hooks" / "pre-commit").write_text("#!/bin/sh\nexit 1\n")
+    (home / "hooks" / "pre-commit").chmod(0o755)
+    (home / "ignore").write_text("*.c\n")
+    (home / ".gitconfig").write_text(HOSTILE.format(home=home))
+    theirs = tmp_path / "theirs"
+    within = {"GIT_DIR": str(tmp_path / "other.git"), "GIT_INDEX_FILE": str(tmp_path / "index")}
+    shown = hand_out_status(student, theirs, HOME=str(home), **within)
+    assert (shown.status, shown.errors) == (0, ""), str(shown)
+    expect_one_commit(theirs)
+
+
+def test_without_git_the_tree_is_written_all_the_same_and_one_line_says_what_is_missing(
+    project: Path, student: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    shown = hand_out_status(project, theirs, PATH=str(tmp_path))
+    assert (shown.status, shown.output) == (0, f"the student tree is in {theirs}\n")
+    one_line(shown.errors, "kvmlab: it is no git repository", "`make reset` cannot work", "there is no git")
+    assert files(theirs) == files(student)
+    assert changed(theirs, student) == set()
 
 
 # ---- where it may go ----
@@ -176,9 +235,22 @@ def test_all_tests_that_are_there_can_be_collected(worked_in: Path) -> None:
     assert (shown.status, shown.errors) == (0, ""), str(shown)
 
 
-def test_make_list_and_hint_work_there(worked_in: Path) -> None:
-    assert len(command("make", "list", folder=worked_in).output.splitlines()) == len(NAMES)
-    assert "entry_at, map_page, map_large_page, hint 1 of 3" in command("make", "hint", "LESSON=2", folder=worked_in).output
+def test_make_list_hint_and_reset_work_there(project: Path, student: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    assert hand_out(student, tree).status == 0
+    listed = command("make", "list", folder=tree).output.splitlines()
+    assert len(listed) == len(NAMES)
+    assert all(re.search(r" -/\d+ points +0/\d+ parts ", line) for line in listed), listed
+    assert "entry_at, map_page, map_large_page, hint 1 of 3" in command("make", "hint", "LESSON=2", folder=tree).output
+
+    guest = Path("lessons") / "02-paging" / "guest.c"
+    shutil.copy(project / guest, tree / guest)
+    (tree / guest).write_text((tree / guest).read_text().replace("/* STUB", "/*"))
+    git(tree, "commit", "-q", "-a", "-m", "mine")
+    shown = command("make", "reset", "LESSON=2", folder=tree)
+    assert (shown.status, shown.errors) == (0, ""), str(shown)
+    assert (tree / guest).read_text() == (student / guest).read_text()
+    assert git(tree, "status", "--porcelain") == f" M {guest}\n", "what is kept is not to be committed by accident"
 
 
 # ---- markers that do not pair up ----

@@ -1,11 +1,11 @@
 """The student tree: the project as it is, with stubs where the solutions were."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
-from kvmlab import markers
+from kvmlab import markers, repository, reset
 from kvmlab.lesson import UsageError
+from kvmlab.repository import GitError
 
 # The proof that the lessons hold what they promise: it consists of solutions, right and wrong ones.
 _LEFT_OUT = {
@@ -22,6 +22,7 @@ _LEFT_OUT = {
     "tests/test_lesson_texts.py",
     "tests/test_lessons.py",
     "tests/test_passthrough.py",
+    "tests/test_reset.py",
     "tests/test_source.py",
     "tests/test_student.py",
     "tests/test_terminal.py",
@@ -34,11 +35,12 @@ _LEFT_OUT = {
 }
 _MAY_HOLD_SOLUTIONS = ("guest/", "lessons/", "vmm/")
 # Where there is no git to say what belongs to the project: what `make` and the tools leave behind.
-_PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build"}
+_PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build", reset.KEPT}
 
 
-def write(source: Path, destination: Path) -> None:
-    """Write the student tree of the project at source to destination, which must not exist yet."""
+def write(source: Path, destination: Path) -> str:
+    """Write the student tree of the project at source to destination, which must not exist yet. Says why it is no git
+    repository, with all of it in one commit, if it is none."""
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UsageError(f"{destination} is not an empty folder: name one that does not exist yet")
     files = [path for path in _files(source) if not any(f"{path}/".startswith(f"{left}/") for left in _LEFT_OUT)]
@@ -50,6 +52,11 @@ def write(source: Path, destination: Path) -> None:
         shutil.copy(source / path, copy)
         if path in stripped:
             copy.write_text(stripped[path])
+    try:
+        repository.commit_all(destination, "The lessons as they are handed out")
+    except GitError as error:
+        return str(error)
+    return ""
 
 
 def _stripped(source: Path, files: list[str]) -> dict[str, str]:
@@ -67,7 +74,8 @@ def _files(source: Path) -> list[str]:
     if not (source / ".git").exists():
         paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
         return [str(path) for path in paths if _PRODUCTS.isdisjoint(path.parts)]
-    listed = subprocess.run(["git", "-C", str(source), "ls-files", "-z"], capture_output=True, text=True, check=False)
-    if listed.returncode:
-        raise UsageError(f"git cannot list the project's files: {listed.stderr.strip()}")
-    return [path for path in listed.stdout.split("\0") if path and (source / path).is_file()]
+    try:
+        listed = repository.git(source, "ls-files", "-z")
+    except GitError as error:
+        raise UsageError(f"git cannot list the project's files: {error}") from None
+    return [path for path in listed.split("\0") if path and (source / path).is_file()]
