@@ -24,6 +24,9 @@ run: build-lesson ## LESSON=n [SEED=s] [ENGINE=e] [EVENTS=file] [KTRACE=1] [KVM_
 check: build-lesson ## LESSON=n [SEED=s] [ENGINE=e] [KVM_PARAMS=...]  the same checks over several seeds, with points
 	@$(KVMLAB) check $(LESSON) $(HOW)
 
+watch: setup-run ## LESSON=n [SEED=s] [ENGINE=e] [KVM_PARAMS=...]  make check at each save, until Ctrl-C
+	@$(KVMLAB) watch $(LESSON)
+
 compare: build-lesson ## LESSON=n [SEED=s] [ENGINE=e]  the lesson on several machines, and what differs, as a table
 	@$(KVMLAB) compare $(LESSON) $(if $(SEED),--seed='$(SEED)') $(if $(ENGINE),--engine='$(ENGINE)')
 
@@ -64,7 +67,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check compare list hint reset handout test cover doctor lint setup help clean build-lesson build-all build-asan
+.PHONY: run check watch compare list hint reset handout test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 

@@ -67,7 +67,7 @@ def test_each_run_has_another_seed_unless_one_is_given(variant: StartVariant) ->
     assert given.output.startswith("lesson 1: What a VM exit is (SEED=16)\n")
 
 
-@pytest.mark.parametrize("name", ["run", "check", "hint", "reset"])
+@pytest.mark.parametrize("name", ["run", "check", "hint", "watch", "reset"])
 def test_without_a_lesson_one_line_says_what_to_type(name: str) -> None:
     shown = command("make", name)
     assert shown.status != 0
@@ -75,7 +75,7 @@ def test_without_a_lesson_one_line_says_what_to_type(name: str) -> None:
     assert line.removeprefix("kvmlab: ") == f"which lesson? say LESSON=n, as in: make {name} LESSON=1"
 
 
-@pytest.mark.parametrize("name", ["run", "check", "hint", "reset"])
+@pytest.mark.parametrize("name", ["run", "check", "hint", "watch", "reset"])
 @pytest.mark.parametrize("called", ["99", "0", "paging"])
 def test_a_lesson_that_does_not_exist_is_named_in_one_line(name: str, called: str) -> None:
     shown = command("make", name, f"LESSON={called}")

@@ -1,4 +1,4 @@
-"""The commands behind `make run`, `check`, `compare`, `list`, `hint`, `reset` and `handout`."""
+"""The commands behind `make run`, `check`, `watch`, `compare`, `list`, `hint`, `reset` and `handout`."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from kvmlab import engine as engines
-from kvmlab import hints, progress, reset, trace
+from kvmlab import hints, progress, reset, trace, watch
 from kvmlab import lesson as lessons
 from kvmlab.engine import CannotRun, Engine, Unable
 from kvmlab.lesson import Lesson, UsageError
@@ -155,6 +155,10 @@ def _hint(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _watch(arguments: argparse.Namespace) -> int:
+    watch.watch(_lesson(arguments), arguments.build)
+
+
 def _reset(arguments: argparse.Namespace) -> int:
     for line in reset.reset(_lesson(arguments)):
         print(line)
@@ -195,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lessons", type=Path, default=Path("lessons"))
     parser.add_argument("--build", type=Path, default=Path("build"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    of_lesson = {"run": _run, "check": _check, "compare": _compare, "hint": _hint, "reset": _reset}
+    of_lesson = {"run": _run, "check": _check, "compare": _compare, "hint": _hint, "watch": _watch, "reset": _reset}
     for name, function in of_lesson.items():
         command = commands.add_parser(name)
         command.set_defaults(function=function, command=name)

@@ -30,6 +30,7 @@ _LEFT_OUT = {
     "tests/test_userfaultfd.py",
     "tests/test_vfio.py",
     "tests/test_virtio_guest.py",
+    "tests/test_watch.py",
     "tests/variants.py",
     "tests/virtio",
 }
