@@ -1,7 +1,8 @@
 /*
  * kvmlab's virtual machine monitor: one guest, one vCPU, one file. Beside it stand what can be read alone:
- * files of images (image.c), KVM's counters (statistics.c), interrupt lines (pic.c), a thread for input
- * (io.c), and the virtio console in three layers (virtio_mmio.c, virtqueue.c, virtio_console.c).
+ * files of images (image.c), the walk from a gva to a gpa (walk.c), KVM's counters (statistics.c), interrupt
+ * lines (pic.c), a thread for input (io.c), and the virtio console in three layers (virtio_mmio.c,
+ * virtqueue.c, virtio_console.c).
  *
  * How to read it. main(), at the end, is the table of contents: each line is one stage in the life
  * of a virtual machine. The sections stand in the order in which a machine comes to life, and each
@@ -13,7 +14,6 @@
  *   Memory          the guest's RAM, and the one checked way to it
  *   Machine         /dev/kvm: the VM, its memory slot, its vCPU
  *   Entry state     the registers and the boot data that an entry point expects
- *   Page walk       gva -> gpa in software, as the CPU does it
  *   Post-mortem     what to tell a student whose guest has died
  *   Exit record     names and counts of exits
  *   Bus             who answers at a port or at an address
@@ -600,87 +600,6 @@ static void vcpu_set_entry_state(void) {
 }
 
 /* ---------------------------------------------------------------------------------------------- */
-/* Page walk */
-
-/* Follow one entry; true if it leads to another table. */
-static bool walk_step(struct walk *walk, gpa_t entry_gpa, unsigned level) {
-    const uint64_t *entry = memory_at(entry_gpa, sizeof *entry);
-    if (!entry) {
-        walk->end = WALK_OUTSIDE_MEMORY;
-        return false;
-    }
-    uint64_t value = *entry;
-    walk->entry[walk->steps].gpa = entry_gpa;
-    walk->entry[walk->steps++].value = value;
-    if (!(value & PTE_PRESENT)) {
-        walk->end = WALK_NOT_PRESENT;
-        return false;
-    }
-    /* Any level can take the W and U permissions away; any level can forbid execution. */
-    walk->permits &= value | PTE_NO_EXECUTE;
-    walk->permits |= value & PTE_NO_EXECUTE;
-    if (level > 1 && !(value & PTE_LARGE))
-        return true;
-    /* Only a PDPT or PD entry may be large, and its address is that of a large frame: the bits below
-     * are reserved, but for PAT. Not modelled: MAXPHYADDR, CPUs without 1 GiB pages, NXE off. */
-    walk->page_size = PAGE_SIZE << (9 * (level - 1));
-    walk->gpa = value & PTE_ADDRESS & ~(level > 1 ? PTE_LARGE_PAT : 0);
-    bool is_valid = level <= 3 && !(walk->gpa & (walk->page_size - 1));
-    walk->end = is_valid ? WALK_MAPPED : WALK_RESERVED_BIT;
-    return false;
-}
-
-static bool gva_is_canonical(gva_t gva, unsigned top_level) {
-    unsigned unused_bits = 64 - (12 + 9 * top_level);
-    return (gva_t)((int64_t)(gva << unused_bits) >> unused_bits) == gva;
-}
-
-/* SDM 3A "4-Level Paging and 5-Level Paging". The accessed and dirty bits stay as they are. */
-static struct walk page_walk(gpa_t root_gpa, gva_t gva) {
-    const struct kvm_sregs *sregs = vcpu_sregs();
-    struct walk walk = {.end = WALK_NOT_MODELLED,
-                        .top_level = sregs->cr4 & X86_CR4_LA57 ? 5 : 4,
-                        .permits = PTE_WRITABLE | PTE_USER};
-    if (!(sregs->cr0 & X86_CR0_PG))
-        return (struct walk){
-            .end = WALK_MAPPED, .gpa = gva, .page_size = PAGE_SIZE, .permits = walk.permits};
-    if (!(sregs->efer & EFER_LMA))
-        return walk;
-    walk.end = WALK_NOT_CANONICAL;
-    if (!gva_is_canonical(gva, walk.top_level))
-        return walk;
-    gpa_t table = root_gpa & PTE_ADDRESS;
-    unsigned level = walk.top_level;
-    while (walk_step(&walk, table + UINT64_C(8) * page_index(gva, level), level)) {
-        table = walk.entry[walk.steps - 1].value & PTE_ADDRESS;
-        level--;
-    }
-    if (walk.end == WALK_MAPPED)
-        walk.gpa |= gva & (walk.page_size - 1);
-    return walk;
-}
-
-/* Copy out of the guest's current address space; false if not all of it is mapped memory. */
-static bool guest_read(gva_t gva, void *to, uint64_t size) {
-    for (uint64_t done = 0; done < size; done++) {
-        struct walk walk = page_walk(vcpu_sregs()->cr3, gva + done);
-        const uint8_t *byte = walk.end == WALK_MAPPED ? memory_at(walk.gpa, 1) : NULL;
-        if (!byte)
-            return false;
-        ((uint8_t *)to)[done] = *byte;
-    }
-    return true;
-}
-
-/* As much of the NUL-terminated text at gva as fits and can be read. */
-static void guest_read_text(gva_t gva, char *to, uint64_t size) {
-    uint64_t length = 0;
-    while (gva && length + 1 < size && guest_read(gva + length, to + length, 1) && to[length])
-        length++;
-    to[length] = '\0';
-}
-
-/* ---------------------------------------------------------------------------------------------- */
 /* Post-mortem */
 
 /* After the limit, the timer goes on once a second. Rounded up, since 0 stops the timer. */
@@ -800,7 +719,7 @@ static void say_walk_entry(const struct walk *walk, unsigned step, gva_t gva) {
 }
 
 static void say_walk(gva_t gva) {
-    struct walk walk = page_walk(vcpu_sregs()->cr3, gva);
+    struct walk walk = host_walk(vcpu_sregs()->cr3, gva);
     say("  page walk of gva 0x%" PRIx64 " from cr3 0x%llx (P present, W writable, U user, X "
         "executable):",
         gva, vcpu_sregs()->cr3);
@@ -1016,7 +935,7 @@ static void say_delivery(uint64_t vector) {
     gva_t handler = (gate[0] & 0xffff) | (gate[0] >> 32 & 0xffff0000) | gate[1] << 32;
     say("  it could not be delivered through its gate %016" PRIx64 "%016" PRIx64 " to handler %s",
         gate[1], gate[0], symbol_or_address(handler).text);
-    if (page_walk(vcpu_sregs()->cr3, handler).end != WALK_MAPPED)
+    if (host_walk(vcpu_sregs()->cr3, handler).end != WALK_MAPPED)
         say_walk(handler);
 }
 
@@ -1818,9 +1737,6 @@ const struct machine_note *host_machine(void) { return &machine.note; }
 void *host_memory(gpa_t gpa, uint64_t size) { return memory_at(gpa, size); }
 const struct kvm_regs *host_regs(void) { return vcpu_regs(); }
 const struct kvm_sregs *host_sregs(void) { return vcpu_sregs(); }
-struct walk host_walk(gpa_t root_gpa, gva_t gva) {
-    return page_walk(root_gpa, gva);
-}
 
 struct kvm_translation host_translate(gva_t gva) {
     struct kvm_translation translation = {.linear_address = gva};

@@ -3,6 +3,7 @@
  */
 #pragma once
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -50,6 +51,13 @@ void vcpu_kick(void);
 /* What the boot data structures take, from BOOT_DATA_GPA; no segment of an image may lie there. */
 #define BOOT_DATA_GPA UINT64_C(0x6000)
 #define BOOT_DATA_SIZE UINT64_C(0x2000)
+
+/* ---- walk.c: host_walk() of host.h, and ---- */
+
+/* Copy out of the guest's current address space; false if not all of it is mapped memory. */
+bool guest_read(gva_t gva, void *to, uint64_t size);
+/* As much of the NUL-terminated text at gva as fits and can be read. */
+void guest_read_text(gva_t gva, char *to, uint64_t size);
 
 /* ---- image.c ---- */
 
