@@ -177,6 +177,7 @@ void event_bytes(const char *name, const void *bytes, uint64_t size) {
 }
 
 static void events_close(enum status status, const char *how) {
+    gdb_end(status);
     if (events.is_open)
         event_end();
     event_begin("end");
@@ -207,7 +208,7 @@ static const char *const notify_names[] = {"exit", "ioeventfd"};
 #define NEVER UINT64_MAX
 
 static struct {
-    const char *image, *append, *events, *debugcon, *kvm;
+    const char *image, *append, *events, *debugcon, *kvm, *gdb;
     uint64_t seed;
     uint64_t step_after; /* an exit */
     double time_limit;   /* seconds; 0: none */
@@ -246,6 +247,8 @@ static const char help_text[] =
     "  -k, --kvm=FILE               the KVM device (default: /dev/kvm)\n"
     "  -x, --step-after=EXIT        after this exit, run one instruction at a time: slow, but a\n"
     "                               triple fault then shows the registers before it on any CPU\n"
+    "  -g, --gdb=SOCKET             wait for gdb before the first instruction: target remote "
+    "SOCKET\n"
     "  -h, --help                   print this help and leave\n"
     "\n"
     "Exit status: 0 the guest ended the run and reported success; 1 it reported failure, or a\n"
@@ -266,6 +269,7 @@ static const struct option long_options[] = {
     {"summary", no_argument, NULL, 'S'},
     {"kvm", required_argument, NULL, 'k'},
     {"step-after", required_argument, NULL, 'x'},
+    {"gdb", required_argument, NULL, 'g'},
     {"help", no_argument, NULL, 'h'},
     {0},
 };
@@ -322,6 +326,7 @@ static void option_take(int option, const char *value) {
     case 'S': options.summary = true; break;
     case 'k': options.kvm = value; break;
     case 'x': options.step_after = option_number("step-after", value, 0, NEVER - 1); break;
+    case 'g': options.gdb = value; break;
     case 'h': fputs(help_text, stdout); exit(fflush(stdout) ? STATUS_HOST : STATUS_OK);
     default: /* getopt_long has said what is wrong, in one line */ exit(STATUS_USAGE);
     }
@@ -329,7 +334,8 @@ static void option_take(int option, const char *value) {
 
 static void options_parse(int argc, char **argv) {
     int option;
-    while ((option = getopt_long(argc, argv, "m:i:u:n:s:a:t:e:d:Sk:x:h", long_options, NULL)) != -1)
+    while ((option = getopt_long(argc, argv, "m:i:u:n:s:a:t:e:d:Sk:x:g:h", long_options, NULL)) !=
+           -1)
         option_take(option, optarg);
     if (optind == argc)
         die(STATUS_USAGE, "which image? usage: vmm [OPTION]... IMAGE; `vmm --help` explains");
@@ -634,6 +640,15 @@ __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
     fputc('\n', stderr);
 }
 
+void run_stop(enum status status, const char *how) {
+    if (!outcome.ended)
+        say("vmm: ended: %s", how);
+    run_end(status, how);
+}
+
+/* Nobody hurries a person who thinks. */
+void run_limit_start(void) { time_limit_set(gdb_is_there() ? 0 : options.time_limit); }
+
 static const char *vector_name(uint64_t vector) {
     static const char *const names[] = {
         "#DE (divide error)",
@@ -766,6 +781,8 @@ static void panic_exception(const struct panic *panic) {
     event_hex("cr2", vcpu_sregs()->cr2);
     event_hex("rip", frame.rip);
     event_string("symbol", symbol_at(frame.rip).text);
+    gdb_stop(SIGSEGV, &regs, "vmm: unhandled exception %s, error code 0x%" PRIx64,
+             vector_name(frame.vector), frame.error_code);
     say_exception("unhandled exception", frame.vector, frame.error_code, &regs);
 }
 
@@ -802,6 +819,9 @@ static void panic_end(gva_t panic_gva) {
     if (panic.kind == PANIC_EXCEPTION)
         panic_exception(&panic);
     event_end();
+    if (panic.kind != PANIC_EXCEPTION)
+        gdb_stop(SIGABRT, NULL, "vmm: the guest gives up: %s: %s (%s)", ends[panic.kind].reason,
+                 message, location);
     if (panic.kind == PANIC_TODO) {
         say_todo(location, message);
     } else if (panic.kind == PANIC_CANNOT) {
@@ -976,8 +996,9 @@ static struct first_fault first_fault_find_or_recall(void) {
     return fault;
 }
 
-/* The registers before each instruction, in a run that goes step by step (--step-after). */
+/* The registers before each instruction, while the guest goes step by step (--step-after, --gdb). */
 static struct kvm_sync_regs last_step;
+static bool is_stepped;
 
 /* Become a second VMM that repeats the run in silence, with its record going into this pipe. */
 static _Noreturn void replay_become(int record_fd) {
@@ -1038,15 +1059,20 @@ static void triple_fault_replay(void) {
 
 static void triple_fault_end(void) {
     bool was_reset = !(vcpu_sregs()->cr0 & X86_CR0_PE);
-    if (was_reset && options.step_after == NEVER) {
+    if (was_reset && is_stepped)
+        machine.run->s.regs = last_step;
+    gdb_stop(SIGSEGV, NULL, "vmm: triple fault%s",
+             was_reset && !is_stepped ? "; KVM on AMD has reset the registers" : "");
+    if (was_reset && !is_stepped) {
         event_begin("triple_fault");
-        triple_fault_replay();
+        if (options.gdb) /* the same commands would have to be given again */
+            say("vmm: the guest crashed: triple fault; without gdb, the VMM can say where");
+        else
+            triple_fault_replay();
         event_end();
         run_end(STATUS_CRASH, "triple fault");
         return;
     }
-    if (was_reset)
-        machine.run->s.regs = last_step;
     struct first_fault fault = first_fault_find_or_recall();
     event_begin_at_rip("triple_fault");
     if (fault.known) {
@@ -1079,6 +1105,7 @@ static void emulation_failure_end(void) {
         snprintf(text + 3 * count, 4, "%02x ", bytes[count]);
         count++;
     }
+    gdb_stop(SIGILL, NULL, "vmm: KVM cannot go on here");
     event_begin_at_rip("emulation_failure");
     event_bytes("bytes", bytes, count);
     event_end();
@@ -1183,6 +1210,9 @@ static void bus_unknown(enum bus_space space, struct access *access) {
     event_end();
     if (machine.note.unknown_io == MACHINE_UNKNOWN_IO_IGNORE)
         return;
+    gdb_stop(SIGSEGV, NULL, "vmm: %u-byte %s %s 0x%" PRIx64 ", where there is no device",
+             access->size, access->is_write ? "write to" : "read of", bus_space_names[space],
+             access->address);
     say("vmm: the guest crashed: %u-byte %s %s 0x%" PRIx64 ", where there is no device, at rip %s",
         access->size, access->is_write ? "write to" : "read of", bus_space_names[space],
         access->address, symbol_or_address(vcpu_regs()->rip).text);
@@ -1306,6 +1336,8 @@ static void exit_port_access(struct access *access) {
     if (!access->is_write)
         return;
     memcpy(&code, access->data, access->size);
+    if (code != 0)
+        gdb_stop(SIGABRT, NULL, "vmm: the guest reports failure %u", code);
     run_end(code == 0 ? STATUS_OK : STATUS_FAILED, "exit");
     if (code != 0)
         say("vmm: the guest reports failure %u", code);
@@ -1364,6 +1396,7 @@ static void say_pending(void) {
 }
 
 static void hang_end(const char *how, const char *why) {
+    gdb_stop(SIGINT, NULL, "vmm: the guest hangs: %s", why);
     event_begin_at_rip("hang");
     event_end();
     say("vmm: the guest hangs: %s, at rip %s", why, symbol_or_address(vcpu_regs()->rip).text);
@@ -1523,6 +1556,12 @@ void vcpu_kick(void) {
         pthread_kill(vcpu_thread.id, SIGUSR1);
 }
 
+int vcpu_fd(void) { return machine.vcpu; }
+
+void vcpu_return_at_once(void) { on_kick(SIGUSR1); }
+
+bool run_is_stopping(void) { return stop_signal != 0; }
+
 static void vcpu_fall_asleep(void) {
     vcpu_thread.is_asleep = true;
     io_unlock();
@@ -1623,8 +1662,10 @@ static void halt_sleep(void) {
 static void halt_wait(void) {
     for (;;) {
         bool may_come = io_serve();
+        if (gdb_has_interrupted())
+            gdb_stop(SIGINT, NULL, NULL);
         pic_before_entry();
-        if (!may_come || stop_signal || machine.is_injected ||
+        if (!may_come || stop_signal || outcome.ended || machine.is_injected ||
             machine.run->request_interrupt_window)
             return;
         halt_sleep();
@@ -1638,7 +1679,8 @@ static void halt_end(void) {
     machine.is_halted = false;
     if (if_flag && !machine.is_injected && !machine.run->request_interrupt_window)
         halt_wait();
-    if (stop_signal || machine.is_injected || (if_flag && machine.run->request_interrupt_window))
+    if (stop_signal || outcome.ended || machine.is_injected ||
+        (if_flag && machine.run->request_interrupt_window))
         return;
     if (!if_flag)
         run_end(STATUS_OK, "halt");
@@ -1653,10 +1695,11 @@ static void halt_end(void) {
 static void vcpu_prepare_entry(void) {
     /* Again for each step: KVM drops the trap flag with an instruction that it emulates. */
     struct kvm_guest_debug step = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP};
-    if (options.step_after <= run_totals.exits) {
+    is_stepped = gdb_before_entry() || options.step_after <= run_totals.exits;
+    if (options.step_after <= run_totals.exits)
         KVM_STRUCT(machine.vcpu, KVM_SET_GUEST_DEBUG, &step);
+    if (is_stepped)
         last_step = machine.run->s.regs;
-    }
     if (half.before_entry)
         half.before_entry();
     pic_before_entry();
@@ -1703,6 +1746,8 @@ static void vm_run(void) {
             return;
         vcpu_enter();
         exit_dispatch();
+        if (!outcome.ended)
+            gdb_after_exit();
         if (stop_signal && !outcome.ended)
             stop_end();
     }
@@ -1893,13 +1938,18 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, PIPE_BUF); /* what a pipe that has room takes at once */
     io_lock();
     devices_create();
-    time_limit_set(options.time_limit);
+    run_limit_start();
     if (half.setup)
         half.setup();
     boot_data_write(); /* the command line names the devices */
+    if (options.gdb) {
+        time_limit_set(0);
+        gdb_start(options.gdb);
+        run_limit_start();
+    }
     vm_run();
     host_statistics("end");
-    time_limit_set(options.time_limit);
+    run_limit_start();
     if (half.end)
         half.end();
     time_limit_set(0);

@@ -48,6 +48,19 @@ void command_line_add(const char *word);
  * halt, if it is there. */
 void vcpu_kick(void);
 
+/* The vCPU's file descriptor, for an ioctl that may fail; the others go through host_vcpu(). */
+int vcpu_fd(void);
+
+/* The next KVM_RUN finishes what the last exit has left to be done, and comes back before the next instruction. */
+void vcpu_return_at_once(void);
+
+/* End the run as soon as the vCPU's thread has come back from the guest; has a signal asked for that? */
+void run_stop(enum status status, const char *how);
+bool run_is_stopping(void);
+
+/* From now on the time limit of the run counts, unless gdb is there. */
+void run_limit_start(void);
+
 /* What the boot data structures take, from BOOT_DATA_GPA; no segment of an image may lie there. */
 #define BOOT_DATA_GPA UINT64_C(0x6000)
 #define BOOT_DATA_SIZE UINT64_C(0x2000)
@@ -114,6 +127,23 @@ void io_doorbell(gpa_t gpa, uint32_t value, void (*ready)(void *context), void *
 /* The vCPU has halted, until something interrupts it: serve what is there already. False: and nothing more will
  * come. */
 bool io_serve(void);
+
+/* ---- gdb.c: --gdb ---- */
+
+/* Wait for gdb at this path, and let it say how the guest is to begin. */
+void gdb_start(const char *path);
+/* Around each entry. The first says whether the guest goes step by step. */
+bool gdb_before_entry(void);
+void gdb_after_exit(void);
+
+/* Stop in gdb, if it is there: this signal, as a line why, and the registers of the last exit unless others are
+ * given. Returns when the guest is to go on. */
+__attribute__((format(printf, 3, 4))) void gdb_stop(int signal_number, const struct kvm_regs *regs,
+                                                    const char *format, ...);
+
+bool gdb_is_there(void);
+bool gdb_has_interrupted(void);   /* Ctrl-C, and the guest has not stopped yet */
+void gdb_end(enum status status); /* the run is over */
 
 /* ---- pic.c: interrupt lines ---- */
 
