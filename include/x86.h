@@ -30,6 +30,7 @@ static inline unsigned page_index(uint64_t gva, unsigned level) {
 
 /* SDM 3A "IA32_EFER MSR"; <asm/processor-flags.h> stops short of the MSRs. */
 #define MSR_EFER 0xc0000080u
+#define EFER_LME (UINT64_C(1) << 8)
 #define EFER_LMA (UINT64_C(1) << 10)
 
 /* SDM 3A "Page-Fault Error Code". */

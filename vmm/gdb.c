@@ -40,6 +40,7 @@
 
 #include "host.h"
 #include "vmm.h"
+#include "x86.h"
 
 #define PACKET_SIZE 4096 /* what is between $ and #, either way */
 #define BREAKPOINTS_MAX 64
@@ -341,18 +342,27 @@ static const char *reg_write(const struct reg *reg, const char *digits) {
     return digits;
 }
 
-/* KVM looks at them when they are set: what the CPU would refuse, gdb is told of. */
-static bool regs_commit(void) {
+/* By ioctl, and not by kvm_dirty_regs: KVM steps from the rip that it has when it is told to step, and it can say that
+ * it refuses. */
+static bool regs_set(const struct kvm_regs *regs, const struct kvm_sregs *sregs) {
     struct kvm_run *run = host_run();
-    if (gdb.is_past || ioctl(vcpu_fd(), KVM_SET_SREGS, &gdb.state.sregs) < 0 ||
-        ioctl(vcpu_fd(), KVM_SET_REGS, &gdb.state.regs) < 0) {
-        gdb.state = run->s.regs;
+    if (ioctl(vcpu_fd(), KVM_SET_SREGS, sregs) < 0 || ioctl(vcpu_fd(), KVM_SET_REGS, regs) < 0)
         return false;
-    }
-    run->s.regs.regs = gdb.state.regs;
-    run->s.regs.sregs = gdb.state.sregs;
-    run->kvm_dirty_regs |= KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+    run->s.regs.regs = *regs;
+    run->s.regs.sregs = *sregs;
+    run->kvm_dirty_regs = 0;
     return true;
+}
+
+/* What gdb has changed. False: the CPU would not take it, and all is as before. */
+static bool regs_commit(void) {
+    const struct kvm_sync_regs before = host_run()->s.regs;
+    if (!gdb.is_past && regs_set(&gdb.state.regs, &gdb.state.sregs))
+        return true;
+    if (!gdb.is_past)
+        (void)regs_set(&before.regs, &before.sregs);
+    gdb.state = before;
+    return false;
 }
 
 /* ---- memory ---- */
@@ -398,8 +408,11 @@ static bool breakpoint_insert(char kind, gva_t gva) {
     bool cpu_can = breakpoints.cpu_has_them && breakpoints.count < BREAKPOINTS_OF_CPU;
     if (breakpoint_find(kind, gva))
         return true;
-    if (breakpoints.count == BREAKPOINTS_MAX || (!cpu_can && !breakpoints.steps_in_ring3))
+    if (breakpoints.count == BREAKPOINTS_MAX || (!cpu_can && !breakpoints.steps_in_ring3)) {
+        fprintf(stderr, "vmm: this machine's KVM stops at no more than %u breakpoints\n",
+                breakpoints.count);
         return false;
+    }
     breakpoints.list[breakpoints.count++] = (struct breakpoint){kind, gva};
     return true;
 }
@@ -428,45 +441,68 @@ static void debug_set(bool is_step) {
     host_vcpu(KVM_SET_GUEST_DEBUG, &debug);
 }
 
-/* Does the guest stop at gva 1, before the second of these instructions? */
-static bool debug_stops(unsigned ring, bool is_step) {
+/* What is tried, in the first pages of RAM: code, and page tables that map it for ring 3, too. */
+struct trial {
+    uint64_t code[512], pml4[512], pdpt[512], pd[512];
+};
+
+/* Long mode in this ring, at gva 0. */
+static void trial_enter(struct trial *trial, unsigned ring) {
     static const uint8_t code[] = {0x90, 0x90, 0xe6, 0}; /* nop; nop; out 0, al */
+    struct kvm_regs regs = {.rflags = X86_EFLAGS_FIXED | X86_EFLAGS_IOPL};
+    struct kvm_sregs sregs = host_run()->s.regs.sregs;
+    const uint64_t permits = PTE_PRESENT | PTE_WRITABLE | PTE_USER;
+    *trial = (struct trial){.pml4[0] = offsetof(struct trial, pdpt) | permits,
+                            .pdpt[0] = offsetof(struct trial, pd) | permits,
+                            .pd[0] = PTE_LARGE | permits};
+    memcpy(trial->code, code, sizeof code);
+    sregs.cs.l = 1;
+    sregs.cs.db = 0;
+    sregs.cs.dpl = sregs.ss.dpl = (uint8_t)ring;
+    sregs.cs.selector |= (uint16_t)ring;
+    sregs.ss.selector |= (uint16_t)ring;
+    sregs.cr3 = offsetof(struct trial, pml4);
+    sregs.cr4 = X86_CR4_PAE;
+    sregs.efer = EFER_LME | EFER_LMA;
+    sregs.cr0 |= X86_CR0_PG;
+    if (!regs_set(&regs, &sregs))
+        die(STATUS_HOST, "KVM refuses the registers to try breakpoints with: %s", strerror(errno));
+}
+
+/* Does the guest stop before the second of these instructions? */
+static bool trial_stops(struct trial *trial, unsigned ring, bool is_step) {
     struct kvm_run *run = host_run();
-    struct kvm_sregs *sregs = &run->s.regs.sregs;
-    sregs->cs.dpl = sregs->ss.dpl = (uint8_t)ring;
-    sregs->cs.selector |= (uint16_t)ring;
-    sregs->ss.selector |= (uint16_t)ring;
-    run->s.regs.regs = (struct kvm_regs){.rflags = X86_EFLAGS_FIXED | X86_EFLAGS_IOPL};
-    run->kvm_dirty_regs = KVM_SYNC_X86_VALID_FIELDS;
-    memcpy(memory_at(0, sizeof code), code, sizeof code);
-    int result;
     unsigned tries = 0;
+    int result;
+    trial_enter(trial, ring);
     do { /* a step may come to nothing: tests/deviations.toml, single-step-repeated */
         debug_set(is_step);
         result = ioctl(vcpu_fd(), KVM_RUN, NULL);
     } while (!result && run->exit_reason == KVM_EXIT_DEBUG && !run->s.regs.regs.rip && ++tries < 8);
     bool stops = !result && run->exit_reason == KVM_EXIT_DEBUG && run->s.regs.regs.rip == 1;
     run->immediate_exit = 1; /* what the OUT has left to be done */
-    ioctl(vcpu_fd(), KVM_RUN, NULL);
+    (void)ioctl(vcpu_fd(), KVM_RUN, NULL);
     run->immediate_exit = 0;
     return stops;
 }
 
-/* Find out what this engine can, with four bytes of the guest's RAM and its vCPU, as long as it has not begun. */
+/* Find out what this engine can, in the guest's RAM and with its vCPU, as long as it has not begun. */
 static void debug_try(void) {
+    static struct trial saved;
     struct kvm_run *run = host_run();
     struct kvm_sync_regs before = run->s.regs;
-    uint8_t bytes[4];
-    memcpy(bytes, memory_at(0, sizeof bytes), sizeof bytes);
+    struct trial *trial = memory_at(0, sizeof *trial);
+    saved = *trial;
     breakpoints.list[0].gva = 1;
     breakpoints.count = 1;
-    breakpoints.cpu_has_them = debug_stops(0, false);
+    breakpoints.cpu_has_them = trial_stops(trial, 0, false);
     breakpoints.count = 0;
-    run->s.regs = before;
-    breakpoints.steps_in_ring3 = debug_stops(3, true);
-    memcpy(memory_at(0, sizeof bytes), bytes, sizeof bytes);
-    run->s.regs = before;
-    run->kvm_dirty_regs = KVM_SYNC_X86_VALID_FIELDS;
+    (void)regs_set(&before.regs, &before.sregs);
+    breakpoints.steps_in_ring3 = trial_stops(trial, 3, true);
+    *trial = saved;
+    (void)regs_set(&before.regs, &before.sregs);
+    run->s.regs.events = before.events;
+    run->kvm_dirty_regs = KVM_SYNC_X86_EVENTS;
 }
 
 /* ---- packets ---- */
@@ -809,9 +845,9 @@ bool gdb_before_entry(void) {
 
 /* A trap flag that nobody has asked for. */
 static void trap_flag_drop(void) {
-    struct kvm_run *run = host_run();
-    run->s.regs.regs.rflags &= ~(uint64_t)X86_EFLAGS_TF;
-    run->kvm_dirty_regs |= KVM_SYNC_X86_REGS;
+    struct kvm_sync_regs state = host_run()->s.regs;
+    state.regs.rflags &= ~(uint64_t)X86_EFLAGS_TF;
+    (void)regs_set(&state.regs, &state.sregs);
 }
 
 void gdb_after_exit(void) {
