@@ -30,6 +30,9 @@ watch: setup-run ## LESSON=n [SEED=s] [ENGINE=e] [KVM_PARAMS=...]  make check at
 compare: build-lesson ## LESSON=n [SEED=s] [ENGINE=e]  the lesson on several machines, and what differs, as a table
 	@$(KVMLAB) compare $(LESSON) $(if $(SEED),--seed='$(SEED)') $(if $(ENGINE),--engine='$(ENGINE)')
 
+debug: build-lesson setup-debug ## LESSON=n [SEED=s]  the lesson under gdb, stopped at guest_main
+	@$(KVMLAB) debug $(LESSON) $(if $(SEED),--seed='$(SEED)') $(if $(ENGINE),--engine='$(ENGINE)')
+
 list: setup-run ## the lessons: points of the last run or check, parts that are written
 	@$(KVMLAB) list
 
@@ -56,7 +59,7 @@ lint: setup-lint ## [FIX=1]  formatting, static analysis and types of all source
 	@tools/lint
 
 setup: ## install every package that any of these commands needs
-	@tools/setup run test svm vmx cover lint
+	@tools/setup run debug test svm vmx cover lint
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1 \2/p' $(MAKEFILE_LIST) | sed -E 's/  ([a-z])/  \1/'
@@ -67,7 +70,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check watch compare list hint reset handout test cover doctor lint setup help clean build-lesson build-all build-asan
+.PHONY: run check watch compare debug list hint reset handout test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 

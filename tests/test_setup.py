@@ -14,6 +14,7 @@ COMMANDS = {
     "gcc": "gcc",
     "ld": "binutils",
     "nasm": "nasm",
+    "gdb": "gdb",
     "git": "git",
     "qemu-system-x86_64": "qemu-system-x86",
     "clang": "clang",

@@ -1,4 +1,4 @@
-"""The commands behind `make run`, `check`, `watch`, `compare`, `list`, `hint`, `reset` and `handout`."""
+"""The commands behind `make run`, `check`, `watch`, `compare`, `debug`, `list`, `hint`, `reset` and `handout`."""
 
 import argparse
 import contextlib
@@ -143,6 +143,16 @@ def _compare_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     return 0
 
 
+def _debug(arguments: argparse.Namespace) -> int:
+    from kvmlab import debug, runner
+
+    lesson = _lesson(arguments)
+    debug.admit(lesson, arguments.engine)
+    seed = _seed_chosen(arguments)
+    print(f"lesson {lesson.number}: {lesson.title} (SEED={seed})", flush=True)
+    return debug.debug(runner.lesson_built(arguments.build, lesson.name), seed)
+
+
 def _list(arguments: argparse.Namespace) -> int:
     for line in progress.table(lessons.load_all(arguments.lessons), arguments.build):
         print(line)
@@ -199,12 +209,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lessons", type=Path, default=Path("lessons"))
     parser.add_argument("--build", type=Path, default=Path("build"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    of_lesson = {"run": _run, "check": _check, "compare": _compare, "hint": _hint, "watch": _watch, "reset": _reset}
+    of_lesson = {
+        "run": _run,
+        "check": _check,
+        "watch": _watch,
+        "compare": _compare,
+        "debug": _debug,
+        "hint": _hint,
+        "reset": _reset,
+    }
     for name, function in of_lesson.items():
         command = commands.add_parser(name)
         command.set_defaults(function=function, command=name)
         command.add_argument("lesson", nargs="?", help="1, 01 or 01-vm-exit")
-        if name in ("run", "check", "compare"):
+        if name in ("run", "check", "compare", "debug"):
             command.add_argument("--seed", type=_seed)
             command.add_argument("--engine", default="auto")
         if name in ("run", "check"):

@@ -1,0 +1,80 @@
+"""`make debug`: the lesson in the VMM, stopped before its first instruction, and gdb in front of it."""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from kvmlab.engine import ENGINES, CannotRun, Kvm, kvm_problem
+from kvmlab.lesson import Lesson, UsageError
+from kvmlab.runner import Built
+
+WAITS = b"waiting for gdb"
+ENDS = 10.0  # seconds that the VMM may take when gdb is gone
+
+
+def admit(lesson: Lesson, wanted: str) -> None:
+    """Only this machine's KVM will do: while an emulated machine runs a job, no line leads into it."""
+    if wanted not in ("auto", *ENGINES):
+        raise UsageError(f"ENGINE={wanted}: there are auto, {', '.join(ENGINES)}")
+    if wanted not in ("auto", Kvm.name):
+        raise CannotRun(f"make debug is for ENGINE={Kvm.name}: no line leads into the emulated machine of {wanted}")
+    if problem := lesson.not_on.get(Kvm.name) or kvm_problem():
+        raise CannotRun(f"make debug LESSON={lesson.number} needs ENGINE={Kvm.name}: {problem}")
+
+
+def debug(built: Built, seed: int) -> int:
+    """Until gdb ends. The VMM is in a session of its own: a Ctrl-C in the terminal is for gdb, which passes it on."""
+    with tempfile.TemporaryDirectory(prefix="kvmlab-") as folder:
+        socket = Path(folder) / "gdb"
+        command = [built.vmm, f"--gdb={socket}", f"--seed={seed}", built.image]
+        with subprocess.Popen(
+            command, bufsize=0, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        ) as vmm:
+            try:
+                return _in_front_of(vmm, socket, built.image)
+            finally:
+                _end(vmm)
+
+
+def _in_front_of(vmm: subprocess.Popen[bytes], socket: Path, image: Path) -> int:
+    assert vmm.stderr
+    said = vmm.stderr.readline()
+    if WAITS not in said:
+        sys.stderr.buffer.write(said + vmm.stderr.read())
+        return vmm.wait()
+    with _shown(vmm.stderr):
+        return _gdb(["target remote " + str(socket), "tbreak guest_main", "continue"], image)
+
+
+def _gdb(commands: list[str], image: Path) -> int:
+    given = [word for command in ("set confirm off", *commands) for word in ("-ex", command)]
+    with subprocess.Popen(["gdb", "-q", *given, image]) as gdb:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return gdb.wait()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _shown(errors: IO[bytes]) -> Iterator[None]:
+    """What the VMM says is shown as it comes, to its end."""
+    thread = threading.Thread(target=shutil.copyfileobj, args=(errors, sys.stderr.buffer.raw), daemon=True)
+    thread.start()
+    yield
+    thread.join(ENDS)
+
+
+def _end(vmm: subprocess.Popen[bytes]) -> None:
+    """gdb has ended the guest, or the VMM has seen that gdb is gone."""
+    try:
+        vmm.wait(ENDS)
+    except subprocess.TimeoutExpired:
+        vmm.kill()
