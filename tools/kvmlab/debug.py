@@ -1,7 +1,6 @@
 """`make debug`: the lesson in the VMM, stopped before its first instruction, and gdb in front of it."""
 
 import contextlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,9 +44,12 @@ def debug(built: Built, seed: int) -> int:
 
 def _in_front_of(vmm: subprocess.Popen[bytes], socket: Path, image: Path) -> int:
     assert vmm.stderr
-    said = vmm.stderr.readline()
-    if WAITS not in said:
-        sys.stderr.buffer.write(said + vmm.stderr.read())
+    for said in iter(vmm.stderr.readline, b""):
+        if WAITS in said:
+            break
+        sys.stderr.buffer.write(said)
+        sys.stderr.buffer.flush()
+    else:
         return vmm.wait()
     with _shown(vmm.stderr):
         return _gdb(["target remote " + str(socket), "tbreak guest_main", "continue"], image)
@@ -66,10 +68,16 @@ def _gdb(commands: list[str], image: Path) -> int:
 @contextlib.contextmanager
 def _shown(errors: IO[bytes]) -> Iterator[None]:
     """What the VMM says is shown as it comes, to its end."""
-    thread = threading.Thread(target=shutil.copyfileobj, args=(errors, sys.stderr.buffer.raw), daemon=True)
+    thread = threading.Thread(target=_show, args=(errors,), daemon=True)
     thread.start()
     yield
     thread.join(ENDS)
+
+
+def _show(errors: IO[bytes]) -> None:
+    for line in iter(errors.readline, b""):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
 
 
 def _end(vmm: subprocess.Popen[bytes]) -> None:
