@@ -45,6 +45,8 @@
 #define PACKET_SIZE 4096 /* what is between $ and #, either way */
 #define BREAKPOINTS_MAX 64
 #define BREAKPOINTS_OF_CPU 4
+#define STEPS_IN_VAIN \
+    8 /* then the instruction jumps to itself; fewer: tests/deviations.toml, single-step-repeated */
 
 static struct {
     int socket;  /* -1: there is no gdb (any more) */
@@ -154,6 +156,13 @@ static int hex_digit(int c) {
     if (c >= 'a' && c <= 'f')
         return c - 'a' + 10;
     return c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* Of two digits; -1: they are none. */
+static int hex_byte(const char *digits) {
+    int high = hex_digit(digits[0]);
+    int low = high < 0 ? high : hex_digit(digits[1]);
+    return low < 0 ? low : high << 4 | low;
 }
 
 /* What stands between $ and #, into packet; its sum is right if the answer is. A $ begins a new one. */
@@ -295,12 +304,12 @@ static void xml_add_types(FILE *xml) {
 }
 
 static void xml_make(void) {
+    static const char head[] = "<?xml version=\"1.0\"?><target version=\"1.0\">"
+                               "<architecture>i386:x86-64</architecture>"
+                               "<feature name=\"org.gnu.gdb.i386.core\">";
     FILE *xml = fmemopen(target_xml, sizeof target_xml, "w");
-    if (!xml)
-        die(STATUS_HOST, "no memory to describe the CPU to gdb: %s", strerror(errno));
-    fputs("<?xml version=\"1.0\"?><target version=\"1.0\"><architecture>i386:x86-64</architecture>"
-          "<feature name=\"org.gnu.gdb.i386.core\">",
-          xml);
+    if (!xml || fputs(head, xml) < 0)
+        die(STATUS_HOST, "cannot describe the CPU to gdb: %s", strerror(errno));
     xml_add_types(xml);
     for (unsigned i = 0; i < LENGTH(reg_table); i++) {
         if (i == CORE_REGS) {
@@ -332,11 +341,10 @@ static const char *reg_write(const struct reg *reg, const char *digits) {
     uint8_t bytes[16] = {0};
     for (unsigned i = 0; i < reg->bits / 8; i++, digits += 2) {
         bool has_none = reg->size == 0 && digits[0] == 'x' && digits[1] == 'x';
-        int high = has_none ? 0 : hex_digit(digits[0]);
-        int low = high < 0 || has_none ? high : hex_digit(digits[1]);
-        if (low < 0)
+        int byte = has_none ? 0 : hex_byte(digits);
+        if (byte < 0)
             return NULL;
-        bytes[i] = (uint8_t)(high << 4 | low);
+        bytes[i] = (uint8_t)byte;
     }
     memcpy((uint8_t *)&gdb.state + reg->offset, bytes, reg->size);
     return digits;
@@ -475,10 +483,11 @@ static bool trial_stops(struct trial *trial, unsigned ring, bool is_step) {
     unsigned tries = 0;
     int result;
     trial_enter(trial, ring);
-    do { /* a step may come to nothing: tests/deviations.toml, single-step-repeated */
+    do {
         debug_set(is_step);
         result = ioctl(vcpu_fd(), KVM_RUN, NULL);
-    } while (!result && run->exit_reason == KVM_EXIT_DEBUG && !run->s.regs.regs.rip && ++tries < 8);
+    } while (!result && run->exit_reason == KVM_EXIT_DEBUG && !run->s.regs.regs.rip &&
+             ++tries < STEPS_IN_VAIN);
     bool stops = !result && run->exit_reason == KVM_EXIT_DEBUG && run->s.regs.regs.rip == 1;
     run->immediate_exit = 1; /* what the OUT has left to be done */
     (void)ioctl(vcpu_fd(), KVM_RUN, NULL);
@@ -548,21 +557,16 @@ static void packet_memory_read(const char *text) {
 /* M: all of it or nothing. */
 static void packet_memory_write(const char *text) {
     uint64_t gva, size;
-    if (!number_take(&text, ",", &gva) || !number_take(&text, ":", &size) ||
-        size != strlen(text) / 2 || strlen(text) % 2 ||
-        strspn(text, "0123456789abcdefABCDEF") != strlen(text)) {
-        answer_error(EINVAL);
-        return;
+    bool is_good = number_take(&text, ",", &gva) && number_take(&text, ":", &size) &&
+                   strlen(text) % 2 == 0 && size == strlen(text) / 2;
+    for (uint64_t i = 0; is_good && i < size; i++)
+        is_good = hex_byte(text + 2 * i) >= 0 && byte_at(gva + i);
+    for (uint64_t i = 0; is_good && i < size; i++) {
+        uint8_t *byte = byte_at(gva + i);
+        if (byte)
+            *byte = (uint8_t)hex_byte(text + 2 * i);
     }
-    for (uint64_t i = 0; i < size; i++) {
-        if (!byte_at(gva + i)) {
-            answer_error(EPERM);
-            return;
-        }
-    }
-    for (uint64_t i = 0; i < size; i++)
-        *byte_at(gva + i) = (uint8_t)(hex_digit(text[2 * i]) << 4 | hex_digit(text[2 * i + 1]));
-    answer_add("OK");
+    answer_ok_or_error(is_good);
 }
 
 static void packet_registers_read(const char *text) {
@@ -867,9 +871,8 @@ void gdb_after_exit(void) {
     going.is_finishing = false;
     if (gdb.interrupted)
         gdb_stop(SIGINT, NULL, NULL);
-    else if (has_arrived && (has_moved || !is_step) && breakpoint_is_at(run->s.regs.regs.rip))
-        gdb_stop(SIGTRAP, NULL, NULL);
-    else if (has_arrived && going.one_step && (has_moved || ++going.in_vain == 8))
+    else if (has_arrived && ((going.one_step && (has_moved || ++going.in_vain == STEPS_IN_VAIN)) ||
+                             ((has_moved || !is_step) && breakpoint_is_at(run->s.regs.regs.rip))))
         gdb_stop(SIGTRAP, NULL, NULL);
     else if (reason == KVM_EXIT_DEBUG && !is_step)
         trap_flag_drop();

@@ -84,6 +84,7 @@ int main(int argc, char **argv) {
     while (packets < argc && strcmp(argv[packets], "--") != 0)
         packets++;
     signal(SIGPIPE, SIG_IGN);
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ);
     pid_t child = vmm_start(argv + packets + 1);
     FILE *stub = stub_open();
     for (int i = 1; i < packets; i++) {

@@ -32,7 +32,7 @@ def debug(built: Built, seed: int) -> int:
     """Until gdb ends. The VMM is in a session of its own: a Ctrl-C in the terminal is for gdb, which passes it on."""
     with tempfile.TemporaryDirectory(prefix="kvmlab-") as folder:
         socket = Path(folder) / "gdb"
-        command = [built.vmm, f"--gdb={socket}", f"--seed={seed}", built.image]
+        command: list[str | Path] = [built.vmm, f"--gdb={socket}", f"--seed={seed}", built.image]
         with subprocess.Popen(
             command, bufsize=0, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
         ) as vmm:
