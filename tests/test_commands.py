@@ -67,7 +67,7 @@ def test_each_run_has_another_seed_unless_one_is_given(variant: StartVariant) ->
     assert given.output.startswith("lesson 1: What a VM exit is (SEED=16)\n")
 
 
-@pytest.mark.parametrize("name", ["run", "check", "hint", "watch", "reset"])
+@pytest.mark.parametrize("name", ["run", "check", "debug", "hint", "watch", "reset"])
 def test_without_a_lesson_one_line_says_what_to_type(name: str) -> None:
     shown = command("make", name)
     assert shown.status != 0
@@ -89,6 +89,20 @@ def test_a_seed_that_is_none_is_named_in_one_line(variant: StartVariant, seed: s
     shown = variant("01-vm-exit").make("run", "LESSON=1", f"SEED={seed}")
     assert shown.status != 0
     assert said(shown) == [f"kvmlab: SEED={seed}: expected a number from 0 to {(1 << 64) - 1}"]
+
+
+def test_make_debug_stops_at_guest_main_and_ends_with_gdb(variant: StartVariant) -> None:
+    shown = variant("01-vm-exit").make("debug", "LESSON=1", "SEED=5")
+    assert re.search(r"^Temporary breakpoint 1, guest_main \(\)\s+at .*guest\.c:\d+$", shown.output, re.M), str(shown)
+    assert (shown.status, said(shown)) == (0, ["vmm: ended: killed by gdb"]), str(shown)
+
+
+@pytest.mark.parametrize("engine", ["svm", "vmx"])
+def test_make_debug_says_in_one_line_that_it_is_for_kvm(variant: StartVariant, engine: str) -> None:
+    shown = variant("01-vm-exit").make("debug", "LESSON=1", f"ENGINE={engine}")
+    assert said(shown) == [
+        f"kvmlab: make debug is for ENGINE=kvm: no line leads into the emulated machine of {engine}"
+    ], str(shown)
 
 
 def test_the_greatest_seed_works(variant: StartVariant) -> None:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from support import Guest, Process, one_line, started, wait_until_asleep
 
+from kvmlab.engine import ENGINES, Engine
+from kvmlab.machine import Job
+from kvmlab.plugin import ROOT
 from kvmlab.runner import Built
 
 Gdb = Callable[..., "Session"]
@@ -257,6 +260,15 @@ def test_registers_that_the_cpu_would_refuse_are_refused_and_nothing_changes(sto
     fine(vmm, stub)
 
 
+def test_a_step_leaves_the_breakpoint_that_it_begins_at(stopped: tuple[Process, Stub]) -> None:
+    vmm, stub = stopped
+    rip = stub.ask(b"p10")
+    assert stub.ask(b"Z0,%x,1" % int.from_bytes(bytes.fromhex(rip.decode()), "little")) == b"OK"
+    assert stub.ask(b"s") == b"T05thread:1;"
+    assert stub.ask(b"p10") != rip
+    fine(vmm, stub)
+
+
 def test_huge_sizes_and_offsets_are_cut(stopped: tuple[Process, Stub]) -> None:
     vmm, stub = stopped
     assert len(stub.ask(b"m0,ffffffffffffffff")) == 4096
@@ -314,3 +326,36 @@ def test_a_signal_ends_a_vmm_that_waits_for_gdb(guest: Guest, tmp_path: Path) ->
         vmm.terminate()
         assert vmm.wait(20) == 128 + signal.SIGTERM
     assert not (tmp_path / "socket").exists()
+
+
+# ---- where there is no gdb: in the emulated machines ----
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What gdb would say, said by a program that needs no libraries."""
+    path = tmp_path_factory.mktemp("client") / "gdb_client"
+    flags = ["-static", "-std=gnu11", "-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["gcc", *flags, ROOT / "tests" / "probes" / "gdb_client.c", "-o", path], check=True)
+    return path
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_breakpoints_and_steps_work_on_each_engine(
+    name: str, engines: dict[str, Engine], client: Path, build: Path
+) -> None:
+    if name not in engines:
+        pytest.skip(f"this session has no {name}: --engines={','.join(ENGINES)}")
+    image = build / "tests" / "hello.elf"
+    symbols = subprocess.run(["nm", image], capture_output=True, text=True, check=True).stdout
+    (address,) = (int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith(" pvh_entry.long_mode"))
+    # mov eax, KERNEL_DATA; mov ds, eax
+    packets = [f"Z0,{address:x},1", "c", "p10", f"z0,{address:x},1", "s", "p10", "s", "p10", "m7fff00000000,1", "c"]
+    rips = [(address + size).to_bytes(8, "little").hex() for size in (0, 5, 7)]
+    answers = ["OK", "T05thread:1;", rips[0], "OK", "T05thread:1;", rips[1], "T05thread:1;", rips[2], "E01", "W00"]
+    files = {"client": client, "vmm": build / "vmm" / "vmm", "image.elf": image}
+    command = ["./client", *packets, "--", "./vmm", "--gdb=gdb.socket", "image.elf"]
+    outcome = engines[name].run(Job(command, files))
+    expected = "".join(f"{packet} {answer}\n" for packet, answer in zip(packets, answers, strict=True))
+    assert expected in outcome.output.decode().replace("hello from seed 0 with 16 MiB\n", ""), outcome
+    assert outcome.status == 0, outcome

@@ -436,12 +436,13 @@ static bool breakpoints_need_steps(void) {
 }
 
 /* KVM_GUESTDBG_USE_HW_BP is always on: a trap flag that a step has left behind, in a frame that an interrupt has
- * pushed, then leads to an exit, and not to the guest's handler of #DB. */
+ * pushed, then leads to an exit, and not to the guest's handler of #DB. The breakpoint that the guest stands at must not
+ * stop a step. */
 static void debug_set(bool is_step) {
     struct kvm_guest_debug debug = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP};
     if (is_step)
         debug.control |= KVM_GUESTDBG_SINGLESTEP;
-    for (unsigned i = 0; i < breakpoints.count && i < BREAKPOINTS_OF_CPU; i++) {
+    for (unsigned i = 0; !is_step && i < breakpoints.count && i < BREAKPOINTS_OF_CPU; i++) {
         debug.arch.debugreg[i] = breakpoints.list[i].gva;
         debug.arch.debugreg[DR_CONTROL] |= UINT64_C(1)
                                            << (DR_LOCAL_ENABLE_SHIFT + DR_ENABLE_SIZE * i);

@@ -50,7 +50,6 @@ enum {
     RAM_SIZE = 0x200000,
 };
 
-#define EFER_LME (UINT64_C(1) << 8)
 #define PTE_ALL (PTE_PRESENT | PTE_WRITABLE | PTE_USER)
 #define PTE_AT(gva) (PT + 8 * page_index(gva, 1))
 
