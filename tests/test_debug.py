@@ -96,6 +96,12 @@ def test_memory_is_read_and_written_by_gva(gdb: Gdb) -> None:
     assert re.search(r"^0x700000:\t0x01234567$", seen.shown, re.MULTILINE), seen
 
 
+def test_memory_is_found_by_the_page_tables_of_the_guest(gdb: Gdb) -> None:
+    mapped = 6 << 39 | 0x5000  # by crash.c, and by no identity map
+    seen = gdb("crash", "continue", f"x/1xb {mapped:#x}", "kill", case="write_read_only")
+    assert re.search(rf"^{mapped:#x}:\t0x00$", seen.shown, re.MULTILINE), seen
+
+
 def test_memory_that_is_not_mapped_is_said_to_be_none(gdb: Gdb) -> None:
     seen = gdb("hello", "break guest_main", "continue", "x/1xg 0x7fff00000000")
     assert "Cannot access memory at address 0x7fff00000000" in seen.shown, seen

@@ -96,7 +96,7 @@ def test_every_letter_is_short_for_its_long_option(call: Call, tmp_path: Path) -
     """Each option that takes a value is given one that makes no sense, both ways: the same complaint."""
     bad = {"memory": "0", "irqchip": "x", "unknown-io": "x", "seed": "x", "time-limit": "x", "step-after": "x"}
     bad |= {"append": "x" * COMMAND_LINE_MAX, "virtio-notify": "x"}
-    bad |= dict.fromkeys(["events", "debugcon", "kvm"], str(tmp_path / "no" / "file"))
+    bad |= dict.fromkeys(["events", "debugcon", "kvm", "gdb"], str(tmp_path / "no" / "file"))
     image = tmp_path / "image"
     image.write_bytes(pvh())
     assert bad.keys() == {name for name, (_, takes_value) in long_options().items() if takes_value}
