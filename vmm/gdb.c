@@ -435,9 +435,9 @@ static bool breakpoints_need_steps(void) {
     return breakpoints.count > (breakpoints.cpu_has_them ? BREAKPOINTS_OF_CPU : 0);
 }
 
-/* KVM_GUESTDBG_USE_HW_BP is always on: a trap flag that a step has left behind, in a frame that an interrupt has
- * pushed, then leads to an exit, and not to the guest's handler of #DB. The breakpoint that the guest stands at must not
- * stop a step. */
+/* KVM_GUESTDBG_USE_HW_BP is always on: a trap flag that a step has left behind, in a frame that an
+ * interrupt has pushed, then leads to an exit, and not to the guest's handler of #DB. The breakpoint
+ * that the guest stands at must not stop a step. */
 static void debug_set(bool is_step) {
     struct kvm_guest_debug debug = {.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP};
     if (is_step)
