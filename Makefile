@@ -45,6 +45,9 @@ reset: setup-run ## LESSON=n  the stubs of a lesson again; what was there is kep
 handout: setup-run ## DEST=dir  write the student tree, a git repository: the lessons without their solutions
 	@$(KVMLAB) handout '$(DEST)'
 
+grade: setup-grade ## SUBMISSION=path [LESSON=n] [ENGINE=e] [SEEDS=s,...] [FORMAT=table|json]  grade a folder, a tar or zip file or a git revision, in a sandbox
+	@$(KVMLAB) grade --submission='$(SUBMISSION)' $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(FORMAT),--format='$(FORMAT)')
+
 test: setup-test setup-svm setup-vmx ## [ENGINE=kvm,svm,vmx]  everything that must hold before a change lands
 	@$(MAKE) --no-print-directory -s -j2 build-all build-asan
 	@$(PYTHON) -m pytest -n 2 --engines=$(if $(ENGINE),$(ENGINE),kvm,svm,vmx) $(PYTEST_ARGS)
@@ -59,7 +62,7 @@ lint: setup-lint ## [FIX=1]  formatting, static analysis and types of all source
 	@tools/lint
 
 setup: ## install every package that any of these commands needs
-	@tools/setup run debug test svm vmx cover lint
+	@tools/setup run debug test svm vmx grade cover lint
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1 \2/p' $(MAKEFILE_LIST) | sed -E 's/  ([a-z])/  \1/'
@@ -70,7 +73,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check watch compare debug list hint reset handout test cover doctor lint setup help clean build-lesson build-all build-asan
+.PHONY: run check watch compare debug list hint reset handout grade test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 

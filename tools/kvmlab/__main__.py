@@ -1,4 +1,4 @@
-"""The commands behind `make run`, `check`, `watch`, `compare`, `debug`, `list`, `hint`, `reset` and `handout`."""
+"""The commands behind the targets of the Makefile."""
 
 import argparse
 import contextlib
@@ -187,6 +187,29 @@ def _handout(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _grade(arguments: argparse.Namespace) -> int:
+    from kvmlab import grade
+
+    if not arguments.submission:
+        raise UsageError("whose? say SUBMISSION=path, a folder, a tar or zip file, or a revision of git")
+    folder = Path("lessons").absolute()  # the trusted tree's
+    chosen = [lessons.find(folder, arguments.lesson)] if arguments.lesson else lessons.load_all(folder)
+    seeds = arguments.seeds or [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)]
+    print(grade.must_be_able(chosen, arguments.engine), file=sys.stderr)
+    print(f"to see the same again: SEEDS={','.join(map(str, seeds))}", file=sys.stderr, flush=True)
+    graded = grade.grade(arguments.submission, chosen, arguments.engine, seeds)
+    text = grade.FORMATS[arguments.format](graded)
+    if arguments.output:
+        grade.write(text, arguments.output)
+    else:
+        print(text)
+    return 0 if graded.points == graded.total else 1
+
+
+def _seeds(text: str) -> list[int]:
+    return [_seed(each) for each in text.split(",")]
+
+
 def _seed(text: str) -> int:
     try:
         seed = int(text, 0)
@@ -230,6 +253,14 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--trace", action="store_true")
         if name == "run":
             command.add_argument("--events", type=Path)
+    command = commands.add_parser("grade")
+    command.set_defaults(function=_grade)
+    command.add_argument("--submission", default="")
+    command.add_argument("--lesson", default="")
+    command.add_argument("--engine", default="auto")
+    command.add_argument("--seeds", type=_seeds)
+    command.add_argument("--format", default="table", choices=["table", "json"])
+    command.add_argument("--output", type=Path)
     commands.add_parser("list").set_defaults(function=_list)
     command = commands.add_parser("handout")
     command.set_defaults(function=_handout)
