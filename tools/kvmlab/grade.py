@@ -26,7 +26,7 @@ from kvmlab.runner import EVENTS
 
 BUILD_LIMIT = 120.0
 # Beyond the VMM's own time limit, by which it ends the run itself if nothing keeps it from that.
-LATE = 20.0
+LATE = 10.0
 JUDGE_LIMIT = 300.0
 JUDGE_MEMORY = 8 << 30
 

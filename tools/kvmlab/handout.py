@@ -17,6 +17,7 @@ _LEFT_OUT = {
     "tests/test_commands.py",
     "tests/test_compare.py",
     "tests/test_engines.py",
+    "tests/test_grading.py",
     "tests/test_handout.py",
     "tests/test_iommu.py",
     "tests/test_lesson_texts.py",

@@ -59,7 +59,7 @@ class _Collector:
         run = item.funcargs.get("run")
         error = call.excinfo.value if call.excinfo else None
         if isinstance(run, Run) and not run.events:
-            self.not_run = HostError(run.errors.strip())
+            self.not_run = HostError(run.errors.strip() or f"vmm: ended with status {run.status}, and said nothing")
         elif isinstance(error, pytest.skip.Exception) and call.when == "setup":
             self.not_run = Unable(self.engine.name, str(error.msg))
         elif isinstance(error, MachineError | UsageError | OSError):

@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -64,17 +64,13 @@ def _limited(content: bytes, name: str) -> bytes:
 
 
 def _from_folder(folder: Path, wanted: set[str]) -> dict[str, bytes]:
-    top = _top(wanted, (str(path.relative_to(folder)) for path in _near(folder)), folder)
-    return {name: content for name in sorted(wanted) if (content := _read_inside(folder / top, name)) is not None}
+    places = [path for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}lessons/*/*.c")]
+    top = _top(wanted, [str(path.relative_to(folder)) for path in places], folder)
+    contents = {name: _read_inside(folder, f"{top}/{name}" if top else name) for name in sorted(wanted)}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
-def _near(folder: Path) -> Iterator[Path]:
-    yield from folder.glob("*/*")
-    yield from folder.glob("*/*/*")
-    yield from folder.glob("*/*/*/*")
-
-
-def _top(wanted: set[str], names: Iterable[str], where: object) -> str:
+def _top(wanted: set[str], names: Collection[str], where: object) -> str:
     """The folder in which the project lies: "", or the one that everything is in."""
     tops = {name.removesuffix(f"/{end}") for name in names for end in wanted if name.endswith(f"/{end}")}
     whole = any(name in wanted for name in names)

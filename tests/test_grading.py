@@ -1,0 +1,585 @@
+"""`make grade`: what it takes from a submission, and that nothing but a solution gets points out of it."""
+
+import contextlib
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from variants import Shown, command
+
+from kvmlab import lesson, markers, runner, sandbox
+from kvmlab import submission as submissions
+from kvmlab.engine import kvm_problem
+from kvmlab.plugin import ROOT
+
+pytest_plugins = ["variants"]
+
+LESSON = "lessons/01-vm-exit"
+TOTAL = sum(lesson.load(ROOT / LESSON).points.values())
+HOST, GUEST = f"{LESSON}/host.c", f"{LESSON}/guest.c"
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What the grader has written, and what it has shown."""
+
+    result: dict[str, Any]
+    shown: Shown
+
+    @property
+    def checks(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.result["lessons"][0]["checks"]
+        return found
+
+    @property
+    def points(self) -> int:
+        return sum(check["worth"] for check in self.checks if check["passed"])
+
+    @property
+    def problem(self) -> str:
+        return str(self.result["lessons"][0]["problem"])
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A folder with what a student hands in for lesson 1."""
+
+    folder: Path
+
+    def put(self, path: str, text: str) -> None:
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / path).write_text(text)
+
+    def solve(self) -> None:
+        for path in (HOST, GUEST):
+            self.put(path, (ROOT / path).read_text())
+
+    def write_nothing(self) -> None:
+        for path in (HOST, GUEST):
+            self.put(path, markers.student_version((ROOT / path).read_text()))
+
+    def append(self, code: str, path: str = HOST) -> None:
+        self.put(path, (self.folder / path).read_text() + code)
+
+    def attack(self, body: str) -> None:
+        """Do this in the VMM's process before main() begins."""
+        self.append(f"\n{INCLUDES}\n__attribute__((constructor)) static void attack(void) {{\n{body}\n}}\n")
+
+    def grade(self, engine: str = "auto", seeds: str = str(SEED)) -> Graded:
+        return grade(self.folder, engine, seeds)
+
+
+INCLUDES = "\n".join(
+    f"#include <{name}.h>"
+    for name in "arpa/inet dirent errno fcntl netinet/in signal stdio stdlib string sys/ioctl sys/prctl sys/socket "
+    "sys/stat sys/un unistd".split()
+)
+
+
+def grade(submission: Path | str, engine: str = "auto", seeds: str = str(SEED)) -> Graded:
+    arguments = [f"--submission={submission}", "--lesson=1", f"--engine={engine}", "--format=json"]
+    shown = kvmlab("grade", *arguments, *([f"--seeds={seeds}"] if seeds else []))
+    return Graded(json.loads(shown.output) if shown.output else {}, shown)
+
+
+def kvmlab(*arguments: str) -> Shown:
+    return command(sys.executable, "-m", "kvmlab", *arguments, PYTHONPATH="tools", PYTHONDONTWRITEBYTECODE="1")
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Submission:
+    made = Submission(tmp_path / "submission")
+    made.solve()
+    return made
+
+
+def expect_nothing(graded: Graded, problem: str = "") -> None:
+    assert (graded.points, graded.shown.status) == (0, 1), str(graded.shown)
+    assert problem in graded.problem, str(graded.shown)
+    assert [check["worth"] for check in graded.checks] == list(lesson.load(ROOT / LESSON).points.values())
+
+
+# ---- what is graded ----
+
+
+def test_a_solution_gets_all_points(submission: Submission, engines: dict[str, Any]) -> None:
+    for engine in engines:
+        graded = submission.grade(engine)
+        assert (graded.points, graded.problem, graded.shown.status) == (TOTAL, "", 0), str(graded.shown)
+
+
+def test_what_is_not_written_gets_no_points(submission: Submission) -> None:
+    submission.write_nothing()
+    graded = submission.grade()
+    expect_nothing(graded)
+    assert "not written yet" in graded.checks[0]["message"]
+
+
+def test_what_is_not_in_the_submission_is_the_stub_and_never_the_solution(submission: Submission) -> None:
+    (submission.folder / HOST).unlink()
+    graded = submission.grade()
+    assert 0 < graded.points < TOTAL or "not written yet" in str(graded.checks), str(graded.shown)
+
+
+def test_a_function_beside_the_marked_regions_is_taken_along(submission: Submission) -> None:
+    text = (submission.folder / GUEST).read_text()
+    own = "static uint32_t mine(uint32_t x) { return x << 8 | x >> 24; }\n\nvoid guest_main(void)"
+    assert "void guest_main(void)" in text
+    submission.put(
+        GUEST,
+        text.replace("void guest_main(void)", own)
+        + "\nuint32_t used(void);\nuint32_t used(void) { return mine(1); }\n",
+    )
+    assert submission.grade().points == TOTAL
+
+
+def test_each_grading_has_seeds_of_its_own_and_says_which(submission: Submission) -> None:
+    first, second = (submission.grade(seeds="") for _ in range(2))
+    assert first.result["lessons"][0]["seeds"] != second.result["lessons"][0]["seeds"]
+    seeds = ",".join(map(str, first.result["lessons"][0]["seeds"]))
+    assert f"SEEDS={seeds}\n" in first.shown.errors
+
+
+def test_what_does_not_build_is_said_in_a_line_with_its_place(submission: Submission) -> None:
+    submission.append("\nint broken\n")
+    expect_nothing(submission.grade(), f"it does not build: {HOST}:")
+
+
+@pytest.mark.slow
+def test_three_gradings_on_a_busy_machine_are_equal(submission: Submission) -> None:
+    with busy():
+        graded = [submission.grade() for _ in range(3)]
+    assert [each.result["lessons"] for each in graded] == [graded[0].result["lessons"]] * 3
+    assert graded[0].points == TOTAL, str(graded[0].shown)
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """A busy loop on each core."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+# ---- points that nobody has earned ----
+
+
+def c_string(content: bytes) -> str:
+    return '"' + "".join(f"\\{byte:03o}" for byte in content) + '"'
+
+
+@pytest.fixture(scope="module")
+def recorded(build: Path) -> runner.Run:
+    """A run of the solution, with another seed."""
+    if problem := kvm_problem():
+        pytest.skip(problem)
+    return runner.run(runner.lesson_built(build, "01-vm-exit"), seed=SEED + 1)
+
+
+def lines_of(run: runner.Run) -> bytes:
+    return b"".join(json.dumps(event.recorded).encode() + b"\n" for event in run.events)
+
+
+def test_printing_what_a_solution_prints_gets_nothing(submission: Submission, recorded: runner.Run) -> None:
+    submission.write_nothing()
+    submission.attack(f'printf("%s", {c_string(recorded.output.encode())}); fflush(stdout);')
+    expect_nothing(submission.grade())
+
+
+def test_a_verdict_that_the_submission_writes_counts_for_nothing(submission: Submission) -> None:
+    verdict = submission.grade().shown.output + "lesson 1: 12 of 12 points\n"
+    submission.write_nothing()
+    submission.attack(f"fputs({c_string(verdict.encode())}, stdout); fputs({c_string(verdict.encode())}, stderr);"
+                      "fflush(NULL); _exit(0);")  # fmt: skip
+    expect_nothing(submission.grade(), "the VMM ended before it recorded anything")
+
+
+WRITE_RECORD = """
+    static const char record[] = RECORD;
+    int file = open("events.jsonl", O_WRONLY | O_TRUNC);
+    _exit(file < 0 || write(file, record, sizeof record - 1) < 0);
+"""
+
+
+def test_the_events_of_another_run_are_not_believed(submission: Submission, recorded: runner.Run) -> None:
+    submission.write_nothing()
+    submission.attack(WRITE_RECORD.replace("RECORD;", f"{c_string(lines_of(recorded))};"))
+    expect_nothing(submission.grade(), f"it does not begin with the start of a run with seed {SEED}")
+
+
+def test_a_record_with_the_right_seed_is_not_believed_without_the_run(submission: Submission, build: Path) -> None:
+    """The best that a forger can write: what a solution does with this very seed."""
+    run = runner.run(runner.lesson_built(build, "01-vm-exit"), seed=SEED)
+    submission.write_nothing()
+    submission.attack(WRITE_RECORD.replace("RECORD;", f"{c_string(lines_of(run))};"))
+    expect_nothing(submission.grade("kvm"), "KVM_RUN came back 0 times")
+
+
+def at_the_end(submission: Submission, function: str) -> None:
+    """Have the host half call this when the run is over."""
+    text = (submission.folder / HOST).read_text()
+    half = "const struct host_half host_half = {.setup = lab_setup, .end = lab_end};\n"
+    assert half in text
+    submission.put(HOST, text.replace(half, "") + half.replace(".end = lab_end", f".end = {function}"))
+
+
+def test_events_that_a_host_half_adds_in_the_vmms_name_are_not_believed(submission: Submission) -> None:
+    submission.append("""
+static void pretend(void) {
+    lab_end();
+    event_begin("exit");
+    event_number("exit", 1);
+    event_string("reason", "IO");
+    event_end();
+}
+""")
+    at_the_end(submission, "pretend")
+    expect_nothing(submission.grade(), "not to be trusted")
+
+
+BEHIND_THE_RECORDER = """
+static int vcpu_file(void) {
+    char path[40], to[80];
+    for (int fd = 3; fd < 64; fd++) {
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        ssize_t size = readlink(path, to, sizeof to - 1);
+        to[size < 0 ? 0 : size] = 0;
+        if (strstr(to, "kvm-vcpu"))
+            return fd;
+    }
+    return -1;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [("KVM_RUN, 0", "KVM_RUN came back"), ("KVM_NMI, 0", "injections, and KVM was asked for 1")],
+    ids=["run", "nmi"],
+)
+def test_an_ioctl_behind_the_recorders_back_is_found_out(submission: Submission, request_: str, words: str) -> None:
+    body = f"static void sneak(void) {{ lab_end(); ioctl(vcpu_file(), {request_}); }}\n"
+    submission.append(f"{INCLUDES}{BEHIND_THE_RECORDER}{body}")
+    at_the_end(submission, "sneak")
+    graded = submission.grade("kvm")
+    expect_nothing(graded, "not to be trusted")
+    assert words in graded.problem
+
+
+def test_tests_tools_makefile_and_vmm_of_the_submission_are_not_used(submission: Submission) -> None:
+    for path in ("Makefile", "vmm/vmm.c", "guest/boot.asm", "tools/kvmlab/judge.py", f"{LESSON}/lesson.toml"):
+        submission.put(path, "this would break everything\n")
+    submission.put(f"{LESSON}/test_lesson.py", "def test_nothing() -> None:\n    pass\n")
+    submission.put("conftest.py", "raise SystemExit(0)\n")
+    assert submission.grade().points == TOTAL
+    submission.write_nothing()
+    expect_nothing(submission.grade())
+
+
+# ---- what a submission can be ----
+
+
+def folder_of(paths: dict[str, bytes], home: Path) -> Path:
+    for path, content in paths.items():
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_bytes(content)
+    return home
+
+
+def tar_of(paths: dict[str, bytes], home: Path, mode: str = "w:gz") -> Path:
+    home.mkdir(exist_ok=True)
+    with tarfile.open(home / "work.tar", mode) as archive:
+        for path, content in paths.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return home / "work.tar"
+
+
+def zip_of(paths: dict[str, bytes], home: Path) -> Path:
+    home.mkdir(exist_ok=True)
+    with zipfile.ZipFile(home / "work.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, content in paths.items():
+            archive.writestr(path, content)
+    return home / "work.zip"
+
+
+MINE = {HOST: b"host", GUEST: b"guest"}
+FORMS = {"folder": folder_of, "tar": tar_of, "zip": zip_of}
+BEYOND = {"Makefile": b"x", f"{LESSON}/test_lesson.py": b"x", f"{LESSON}/own.c": b"x"}
+Pack = Callable[[dict[str, bytes], Path], Path]
+
+
+def taken(what: Path | str, project: Path = ROOT) -> dict[str, bytes]:
+    return submissions.read(str(what), MINE, project)
+
+
+@pytest.mark.parametrize("top", ["", "mine/", "a/b/"])
+@pytest.mark.parametrize("pack", FORMS.values(), ids=FORMS)
+def test_a_submission_is_a_folder_or_an_archive_and_only_the_students_files_are_taken(
+    pack: Pack, top: str, tmp_path: Path
+) -> None:
+    packed = pack({f"{top}{path}": content for path, content in (MINE | BEYOND).items()}, tmp_path / "x")
+    assert taken(packed) == MINE
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_file_may_be_compressed(mode: str, tmp_path: Path) -> None:
+    assert taken(tar_of(MINE, tmp_path, mode)) == MINE
+
+
+def test_a_submission_is_a_revision_of_git(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+
+    git("init")
+    folder_of(MINE, tmp_path)
+    git("add", ".")
+    git("commit", "-m", "one")
+    (tmp_path / HOST).write_bytes(b"later")
+    git("commit", "-am", "two")
+    assert taken(f"{tmp_path}:HEAD~1") == MINE
+    assert taken("HEAD", tmp_path)[HOST] == b"later"
+    (tmp_path / HOST).unlink()
+    (tmp_path / HOST).symlink_to("/etc/passwd")
+    git("commit", "-am", "three")
+    with pytest.raises(submissions.RefusedError, match=rf"^{HOST}: a link"):
+        taken("HEAD", tmp_path)
+
+
+def test_what_does_not_exist_is_a_mistake_of_the_command_line(tmp_path: Path) -> None:
+    shown = kvmlab("grade", f"--submission={tmp_path / 'none'}")
+    assert shown.status == 2
+    assert shown.errors.splitlines()[-1].startswith(f"kvmlab: SUBMISSION={tmp_path / 'none'}: neither a folder nor")
+
+
+# ---- submissions that are refused ----
+
+
+def tar_with(member: tarfile.TarInfo) -> Callable[[Path], Path]:
+    def make(home: Path) -> Path:
+        path = tar_of(MINE, home, "w")
+        with tarfile.open(path, "a") as archive:
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+        return path
+
+    return make
+
+
+def tar_member(name: str, kind: bytes = tarfile.REGTYPE, to: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, to
+    return member
+
+
+def zip_link(home: Path) -> Path:
+    path = zip_of(MINE, home)
+    info = zipfile.ZipInfo("link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(info, "/etc/passwd")
+    return path
+
+
+def folder_with_link(link: str) -> Callable[[Path], Path]:
+    """One of the paths is a link to what would otherwise do."""
+
+    def make(home: Path) -> Path:
+        folder_of(MINE, home)
+        (home / link).rename(home / "elsewhere")
+        (home / link).symlink_to(home / "elsewhere")
+        return home
+
+    return make
+
+
+def folder_with_pipe(home: Path) -> Path:
+    folder_of({GUEST: b"x"}, home)
+    os.mkfifo(home / HOST)
+    return home
+
+
+REFUSED = {
+    "a link in a tar file": (tar_with(tar_member("etc", tarfile.SYMTYPE, "/etc")), "work.tar: etc: a link"),
+    "a hard link": (tar_with(tar_member("x", tarfile.LNKTYPE, HOST)), "work.tar: x: a link"),
+    "a device": (tar_with(tar_member("x", tarfile.CHRTYPE)), "work.tar: x: a device"),
+    "a pipe": (tar_with(tar_member("x", tarfile.FIFOTYPE)), "work.tar: x: a device, a pipe"),
+    "a tar file that leads out": (tar_with(tar_member("a/../../x")), "work.tar: a/../../x: leads out"),
+    "an absolute path": (tar_with(tar_member("/etc/x")), "work.tar: /etc/x: leads out"),
+    "the same twice": (tar_with(tar_member(HOST)), f"work.tar: {HOST}: is there twice"),
+    "no UTF-8": (tar_with(tar_member("\udcff.c")), "work.tar: '\\udcff.c': a name that is no UTF-8"),
+    "a link in a zip file": (zip_link, "work.zip: link: a link"),
+    "a zip file that leads out": (lambda home: zip_of({"../x": b""}, home), "work.zip: ../x: leads out"),
+    "a path of Windows": (lambda home: zip_of({"..\\x": b""}, home), "leads out"),
+    "too long a file": (lambda home: zip_of({HOST: bytes(2 << 20)}, home), f"work.zip: {HOST}: longer than 1 MiB"),
+    "a zip bomb": (lambda home: zip_of({"x": bytes(65 << 20)}, home), "work.zip: unpacked, longer than 64 MiB"),
+    "a tar bomb": (lambda home: tar_of({"x": bytes(65 << 20)}, home), "work.tar: unpacked, longer than 64 MiB"),
+    "many files": (lambda home: zip_of({f"{i}": b"" for i in range(10_001)}, home), "more than 10000 files"),
+    "no archive": (lambda home: folder_of({"work": b"hello"}, home) / "work", "work: not a tar or zip file"),
+    "a cut archive": (lambda home: cut(tar_of({HOST: os.urandom(9999)}, home)), "work.tar: not a tar or zip file"),
+    "a link to a file": (folder_with_link(HOST), f"{HOST}: it, or a folder"),
+    "a link to a folder": (folder_with_link(LESSON), f"{GUEST}: it, or a folder"),
+    "a pipe in a folder": (folder_with_pipe, f"{HOST}: not a file"),
+    "nothing of a lesson": (lambda home: folder_of({"x": b""}, home), "no file of a lesson is in it"),
+    "two trees": (lambda home: folder_of({f"a/{HOST}": b"", f"b/{HOST}": b""}, home), "more than one tree"),
+}
+
+
+def cut(path: Path) -> Path:
+    os.truncate(path, path.stat().st_size // 2)
+    return path
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_no_submission_needs_is_refused_in_a_line_that_names_it(
+    make: Callable[[Path], Path], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(submissions.RefusedError) as refused:
+        taken(make(tmp_path / "x"))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_refused_submission_has_a_result_too(submission: Submission) -> None:
+    (submission.folder / HOST).unlink()
+    (submission.folder / HOST).symlink_to(ROOT / HOST)
+    expect_nothing(submission.grade(), f"refused: {HOST}: ")
+
+
+# ---- what cannot be read ----
+
+
+@pytest.mark.parametrize("path", ["/etc/shadow", str(ROOT / GUEST)], ids=["shadow", "solution"])
+def test_the_compiler_sees_no_file_but_those_of_the_student_tree(submission: Submission, path: str) -> None:
+    submission.append(f'\n#include "{path}"\n')
+    graded = submission.grade()
+    expect_nothing(graded, "No such file or directory")
+    assert "root:" not in graded.shown.output
+
+
+def in_sandbox(script: str, **place: Any) -> str:
+    ended = sandbox.run(["sh", "-c", script], sandbox.Place("/job", **place), 20.0)
+    assert not ended.is_late
+    return (ended.output + ended.errors).decode()
+
+
+def test_the_sandbox_has_no_environment_but_a_path() -> None:
+    names = {line.partition("=")[0] for line in in_sandbox("env").splitlines()}
+    assert names <= {"PATH", "PWD", "_", "SHLVL"}
+
+
+def test_the_sandbox_has_no_processes_and_no_files_of_others() -> None:
+    processes = in_sandbox("echo /proc/[0-9]*").split()
+    assert len(processes) <= 4
+    for path in ("/etc/shadow", "/root", "/home", str(ROOT), "/sys/kernel", "/dev/kvm"):
+        assert "No such file" in in_sandbox(f"ls {path}"), path
+    files = in_sandbox("readlink /proc/self/fd/*").splitlines()
+    assert [name for name in files if not name.startswith(("/proc/", "/tmp/kvmlab-", "/dev/null"))] == []
+
+
+@pytest.mark.parametrize("where", ["/", "/usr/bin", "/dev", "/proc/sys/kernel"])
+def test_the_sandbox_can_be_written_to_nowhere_but_in_its_own_memory(where: str) -> None:
+    assert "no\n" in in_sandbox(f"touch {where}/x || echo no")
+    assert in_sandbox("touch /tmp/x /job/x && echo yes") == "yes\n"
+
+
+# ---- submissions that do harm ----
+
+
+def test_a_submission_that_exits_in_a_constructor_gets_nothing(submission: Submission) -> None:
+    submission.attack("exit(0);")
+    expect_nothing(submission.grade(), "the VMM ended before it recorded anything")
+
+
+def test_a_submission_that_sleeps_gets_nothing_for_the_time_limit(submission: Submission) -> None:
+    submission.attack("sleep(1000);")
+    expect_nothing(submission.grade("kvm"), "the time limit")
+
+
+def test_a_submission_that_forks_without_end_is_ended_with_all_its_processes(submission: Submission) -> None:
+    name = f"bomb{os.getpid()}"
+    submission.attack(f'prctl(PR_SET_NAME, "{name}"); setsid(); for (;;) fork();')
+    expect_nothing(submission.grade("kvm"), "the time limit")
+    assert [path for path in Path("/proc").glob("[0-9]*/comm") if read_if_there(path) == f"{name}\n"] == []
+
+
+def read_if_there(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+FILL = """
+    static char block[1 << 20];
+    signal(SIGXFSZ, SIG_IGN);
+    const char *names[] = {"events.jsonl", "/tmp/x", "/job/x", "/dev/shm/x", "/proc/self/fd/1", "/proc/self/fd/2"};
+    for (unsigned i = 0; i < sizeof names / sizeof *names; i++)
+        for (int copy = 0; copy < 100; copy++) {
+            char name[80];
+            snprintf(name, sizeof name, i && i < 4 ? "%s%d" : "%s", names[i], copy);
+            int file = open(name, O_WRONLY | O_CREAT | O_APPEND, 0666);
+            while (file >= 0 && write(file, block, sizeof block) > 0)
+                ;
+            close(file);
+        }
+    _exit(0);
+"""
+
+
+def test_a_submission_that_fills_all_it_can_write_to_comes_to_a_limit(submission: Submission) -> None:
+    before = os.statvfs("/tmp").f_bavail * os.statvfs("/tmp").f_bsize
+    submission.attack(FILL)
+    expect_nothing(submission.grade("kvm"))
+    assert os.statvfs("/tmp").f_bavail * os.statvfs("/tmp").f_bsize > before - (1 << 30)
+
+
+def test_an_initializer_of_10_gb_ends_the_compiler_and_not_the_grader(submission: Submission) -> None:
+    submission.append("\nchar huge[10000000000] = {1};\nchar *use(void);\nchar *use(void) { return huge; }\n")
+    expect_nothing(submission.grade(), "build")
+
+
+def test_a_submission_that_kills_its_parents_ends_only_itself(submission: Submission) -> None:
+    submission.attack("kill(getppid(), SIGKILL); kill(1, SIGKILL); kill(-1, SIGKILL); raise(SIGKILL);")
+    expect_nothing(submission.grade("kvm"))
+
+
+def test_a_submission_reaches_no_network(submission: Submission) -> None:
+    submission.attack("""
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(22)};
+    inet_pton(AF_INET, "127.0.0.1", &to.sin_addr);
+    int file = socket(AF_INET, SOCK_STREAM, 0);
+    if (file < 0 || connect(file, (struct sockaddr *)&to, sizeof to))
+        fprintf(stderr, "vmm: no network: %s\\n", strerror(errno));
+    _exit(0);
+""")
+    graded = submission.grade("kvm")
+    expect_nothing(graded, "no network")
+    links = in_sandbox("cat /proc/net/dev").splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in links] == ["lo"]
+    assert len(in_sandbox("cat /proc/net/route").splitlines()) == 1
+
+
+def test_a_submission_cannot_write_where_the_results_go(submission: Submission, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    results.touch()
+    results.chmod(0o666)
+    submission.attack(f'int file = open("{results}", O_WRONLY); _exit(file < 0 ? 3 : write(file, "{{}}", 2) != 2);')
+    arguments = [f"--submission={submission.folder}", "--lesson=1", f"--seeds={SEED}"]
+    assert kvmlab("grade", *arguments, "--format=json", f"--output={results}").status == 1
+    assert json.loads(results.read_text())["lessons"][0]["problem"]
