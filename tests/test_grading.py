@@ -211,7 +211,7 @@ def test_a_verdict_that_the_submission_writes_counts_for_nothing(submission: Sub
 
 WRITE_RECORD = """
     static const char record[] = RECORD;
-    int file = open("events.jsonl", O_WRONLY | O_TRUNC);
+    int file = open("events.jsonl", O_WRONLY | O_CREAT | O_TRUNC, 0666);
     _exit(file < 0 || write(file, record, sizeof record - 1) < 0);
 """
 
@@ -222,12 +222,15 @@ def test_the_events_of_another_run_are_not_believed(submission: Submission, reco
     expect_nothing(submission.grade(), f"it does not begin with the start of a run with seed {SEED}")
 
 
-def test_a_record_with_the_right_seed_is_not_believed_without_the_run(submission: Submission, build: Path) -> None:
+@pytest.mark.parametrize("engine", ["kvm", "svm"])
+def test_a_record_with_the_right_seed_is_not_believed_without_the_run(
+    submission: Submission, build: Path, engine: str
+) -> None:
     """The best that a forger can write: what a solution does with this very seed."""
     run = runner.run(runner.lesson_built(build, "01-vm-exit"), seed=SEED)
     submission.write_nothing()
     submission.attack(WRITE_RECORD.replace("RECORD;", f"{c_string(lines_of(run))};"))
-    expect_nothing(submission.grade("kvm"), "KVM_RUN came back 0 times")
+    expect_nothing(submission.grade(engine), "KVM_RUN came back 0 times")
 
 
 def at_the_end(submission: Submission, function: str) -> None:
@@ -268,15 +271,20 @@ static int vcpu_file(void) {
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
-    [("KVM_RUN, 0", "KVM_RUN came back"), ("KVM_NMI, 0", "injections, and KVM was asked for 1")],
-    ids=["run", "nmi"],
+    ("engine", "request_", "words"),
+    [
+        ("kvm", "KVM_RUN, 0", "KVM_RUN came back"),
+        ("svm", "KVM_RUN, 0", "KVM_RUN came back"),
+        ("kvm", "KVM_NMI, 0", "injections, and KVM was asked for 1"),
+    ],
 )
-def test_an_ioctl_behind_the_recorders_back_is_found_out(submission: Submission, request_: str, words: str) -> None:
+def test_an_ioctl_behind_the_recorders_back_is_found_out(
+    submission: Submission, engine: str, request_: str, words: str
+) -> None:
     body = f"static void sneak(void) {{ lab_end(); ioctl(vcpu_file(), {request_}); }}\n"
     submission.append(f"{INCLUDES}{BEHIND_THE_RECORDER}{body}")
     at_the_end(submission, "sneak")
-    graded = submission.grade("kvm")
+    graded = submission.grade(engine)
     expect_nothing(graded, "not to be trusted")
     assert words in graded.problem
 

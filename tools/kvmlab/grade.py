@@ -53,7 +53,7 @@ class _SandboxedKvm(Kvm):
             content = read_result(record)
         if ended.is_late:
             raise _Late(f"the time limit: the VMM did not end within {job.time_limit + LATE:.0f} seconds")
-        _agree(content, job, ended.witness)
+        _agree(content, job, witness.seen_by_strace(ended.witness))
         return Outcome(ended.status, ended.output, ended.errors, {EVENTS: content})
 
 
@@ -61,27 +61,30 @@ class _SvmSandbox(Svm):
     """The emulated machine is the sandbox: it has no network, and each run has one that no other has used."""
 
     def run(self, job: Job) -> Outcome:
-        outcome = super().run(dataclasses.replace(job, vfio=True))
-        _agree(outcome.results.get(EVENTS, b""), job, None)
-        return outcome
+        return _traced(super().run(dataclasses.replace(job, vfio=True, trace=True)), job)
 
 
 class _VmxSandbox(Vmx):
     """The same, but with one machine for all runs of a lesson."""
 
     def run(self, job: Job) -> Outcome:
-        outcome = super().run(job)
-        _agree(outcome.results.get(EVENTS, b""), job, None)
-        return outcome
+        return _traced(super().run(dataclasses.replace(job, trace=True)), job)
 
 
-def _agree(record: bytes, job: Job, log: str | None) -> None:
+def _traced(outcome: Outcome, job: Job) -> Outcome:
+    _agree(outcome.results.get(EVENTS, b""), job, witness.seen_by_kernel(outcome.trace))
+    if not job.trace:
+        outcome.trace = ""
+    return outcome
+
+
+def _agree(record: bytes, job: Job, seen: witness.Seen) -> None:
     seed = next(int(word.partition("=")[2]) for word in job.command if word.startswith("--seed="))
     try:
         found = events.parse(record)
     except (ArithmeticError, AttributeError, RecursionError, ValueError) as error:
         raise DistrustedError(f"the record of the run (seed {seed}) is not one of the VMM's: {error}") from None
-    if found and (objection := witness.objection(found, seed, log)):
+    if found and (objection := witness.objection(found, seed, seen)):
         raise DistrustedError(f"the record of the run (seed {seed}) is not to be trusted: {objection}")
 
 

@@ -1,27 +1,59 @@
 """Does the record of a run agree with what was seen from outside of the VMM?
 
 A host half is native code in the process that writes the record: it can call KVM_RUN or inject behind the
-recorder's back, and it can write events itself. strace(1) stands outside of the sandbox and cannot be
-reached from there: it has seen each ioctl of KVM, in order, and how each KVM_RUN came back.
+recorder's back, and it can write events itself. But it cannot reach who looks on: strace(1) outside of the
+sandbox, or the kernel of an emulated machine.
 """
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvmlab.events import Event
 
-_LINE = re.compile(r"(\d+) +(?:ioctl\(\d+, (KVM_\w+)|<\.\.\. ioctl resumed>)")
+_CALL = re.compile(r"(\d+) +(?:ioctl\(\d+, (KVM_\w+)|<\.\.\. ioctl resumed>)")
 _ANSWER = re.compile(r"\) += (-?\d+)(?: (E\w+))?(?: \((\w+)\)$)?")
+_TRACED = re.compile(r"^ *\S+-(\d+) .*: kvm_userspace_exit: reason (KVM_EXIT_\w+|restart|error)\b", re.MULTILINE)
 # What the record calls a KVM_RUN that came back with an errno.
-_FAILED = {"EINTR": "INTR", "EFAULT": "MEMORY_FAULT"}
+_FAILED = {"EINTR": "INTR", "EFAULT": "MEMORY_FAULT", "restart": "INTR", "error": "MEMORY_FAULT"}
 
 
-def objection(events: Sequence[Event], seed: int, log: str | None) -> str:
-    """Why the record cannot be of this run, in a line; "" if it can. log: of strace, where there is one."""
+@dataclass(frozen=True)
+class Seen:
+    """What KVM did, as somebody else saw it."""
+
+    returns: list[tuple[str, str]]  # each time that KVM_RUN came back: the thread, and the reason
+    injections: int = 0  # that KVM_INTERRUPT and KVM_NMI asked for, where that was seen
+
+
+def seen_by_strace(log: str) -> Seen:
+    pending: dict[str, str] = {}
+    returns, injections = [], 0
+    for line in log.splitlines():
+        if not (found := _CALL.match(line)):
+            continue
+        thread, request = found[1], found[2] or pending.pop(found[1], "")
+        if line.endswith("<unfinished ...>"):
+            pending[thread] = request
+        elif request == "KVM_RUN" and (answer := _ANSWER.search(line)):
+            returns.append((thread, _reason(answer[2] or answer[3] or "")))
+        injections += request in ("KVM_INTERRUPT", "KVM_NMI") and thread not in pending
+    return Seen(returns, injections)
+
+
+def seen_by_kernel(trace: str) -> Seen:
+    return Seen([(found[1], _reason(found[2])) for found in _TRACED.finditer(trace)])
+
+
+def _reason(word: str) -> str:
+    return _FAILED.get(word, word.removeprefix("KVM_EXIT_"))
+
+
+def objection(events: Sequence[Event], seed: int, seen: Seen) -> str:
+    """Why the record cannot be of this run, in a line; "" if it can."""
     try:
-        return _shape(events, seed) or ("" if log is None else _against(events, log))
+        return _shape(events, seed) or _against(events, seen)
     except (AttributeError, KeyError, TypeError) as error:
         return f"an event of it is damaged: {error}"
 
@@ -38,18 +70,24 @@ def _shape(events: Sequence[Event], seed: int) -> str:
     return ""
 
 
-def _against(events: Sequence[Event], log: str) -> str:
-    seen, calls = _seen(log)
+def _against(events: Sequence[Event], seen: Seen) -> str:
+    its = _of_first_run(seen.returns, events[-1])
     told = [event.reason for event in events if event.kind == "exit"]
-    for number, (ours, its) in enumerate(zip(told, seen, strict=False), start=1):
-        if ours not in (its, "?"):
-            return f"exit {number} is {_short(ours)} there, and KVM's was {its}"
-    if not len(told) <= len(seen) <= len(told) + _unrecorded(events[-1]):
-        return f"it has {len(told)} exits, and KVM_RUN came back {len(seen)} times"
+    for number, (ours, other) in enumerate(zip(told, its, strict=False), start=1):
+        if ours not in (other, "?"):
+            return f"exit {number} is {_short(ours)} there, and KVM's was {other}"
+    if not len(told) <= len(its) <= len(told) + _unrecorded(events[-1]):
+        return f"it has {len(told)} exits, and KVM_RUN came back {len(its)} times"
     injected = [event.type for event in events if event.kind == "inject"]
-    if (asked := calls["KVM_INTERRUPT"] + calls["KVM_NMI"]) > len(injected):
-        return f"it has {len(injected)} injections, and KVM was asked for {asked}"
+    if seen.injections > len(injected):
+        return f"it has {len(injected)} injections, and KVM was asked for {seen.injections}"
     return ""
+
+
+def _of_first_run(returns: list[tuple[str, str]], last: Event) -> list[str]:
+    """After a triple fault the VMM repeats the run in a second process, to look at it step by step."""
+    is_repeated = last.kind == "end" and last.how == "triple fault"
+    return [reason for thread, reason in returns if not is_repeated or thread == returns[0][0]]
 
 
 def _unrecorded(last: Event) -> float:
@@ -62,23 +100,3 @@ def _unrecorded(last: Event) -> float:
 
 def _short(value: object) -> str:
     return ascii(value)[1:30].rstrip("'")
-
-
-def _seen(log: str) -> tuple[list[str], Counter[str]]:
-    """Why each KVM_RUN of the VMM came back, in order, and how often KVM did what."""
-    makers: list[str] = []  # of a VM: after a triple fault, the VMM repeats the run in a second process
-    pending: dict[str, str] = {}
-    done: list[tuple[str, str, str]] = []
-    for line in log.splitlines():
-        if not (found := _LINE.match(line)):
-            continue
-        process, request = found[1], found[2] or pending.pop(found[1], "")
-        if line.endswith("<unfinished ...>"):
-            pending[process] = request
-        elif request and (answer := _ANSWER.search(line)):
-            if request == "KVM_CREATE_VM" and answer[1] != "-1":
-                makers.append(process)
-            done.append((process, request, _FAILED.get(answer[2], answer[2]) or answer[3] or ""))
-    ours = [(request, answer) for process, request, answer in done if process not in makers[1:]]
-    returns = [answer.removeprefix("KVM_EXIT_") for request, answer in ours if request == "KVM_RUN"]
-    return returns, Counter(request for request, _ in ours)
