@@ -76,8 +76,8 @@ class Submission:
         """Do this in the VMM's process before main() begins."""
         self.append(f"\n{INCLUDES}\n__attribute__((constructor)) static void attack(void) {{\n{body}\n}}\n")
 
-    def grade(self, engine: str = "auto", seeds: str = str(SEED)) -> Graded:
-        return grade(self.folder, engine, seeds)
+    def grade(self, engine: str = "auto", seeds: str = str(SEED), **environment: str) -> Graded:
+        return grade(self.folder, engine, seeds, **environment)
 
 
 INCLUDES = "\n".join(
@@ -87,14 +87,15 @@ INCLUDES = "\n".join(
 )
 
 
-def grade(submission: Path | str, engine: str = "auto", seeds: str = str(SEED)) -> Graded:
+def grade(submission: Path, engine: str, seeds: str, **environment: str) -> Graded:
     arguments = [f"--submission={submission}", "--lesson=1", f"--engine={engine}", "--format=json"]
-    shown = kvmlab("grade", *arguments, *([f"--seeds={seeds}"] if seeds else []))
+    shown = kvmlab("grade", *arguments, *([f"--seeds={seeds}"] if seeds else []), **environment)
     return Graded(json.loads(shown.output) if shown.output else {}, shown)
 
 
-def kvmlab(*arguments: str) -> Shown:
-    return command(sys.executable, "-m", "kvmlab", *arguments, PYTHONPATH="tools", PYTHONDONTWRITEBYTECODE="1")
+def kvmlab(*arguments: str, **environment: str) -> Shown:
+    python = {"PYTHONPATH": "tools", "PYTHONDONTWRITEBYTECODE": "1"}
+    return command(sys.executable, "-m", "kvmlab", *arguments, folder=ROOT, **(environment | python))
 
 
 @pytest.fixture
@@ -479,6 +480,30 @@ def test_the_compiler_sees_no_file_but_those_of_the_student_tree(submission: Sub
     graded = submission.grade()
     expect_nothing(graded, "No such file or directory")
     assert "root:" not in graded.shown.output
+
+
+@pytest.fixture
+def no_bubblewrap(tmp_path: Path) -> str:
+    """A PATH on which bubblewrap is not allowed to do anything, as in a container."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "bwrap").write_text("#!/bin/sh\necho bwrap: Operation not permitted >&2\nexit 1\n")
+    (folder / "bwrap").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_without_bubblewrap_an_emulated_machine_is_the_sandbox(submission: Submission, no_bubblewrap: str) -> None:
+    graded = submission.grade(PATH=no_bubblewrap)
+    assert (graded.points, graded.result["lessons"][0]["engine"]) == (TOTAL, "svm"), str(graded.shown)
+    assert "engine: svm (emulated AMD; kvm: no sandbox here: bwrap: Operation not permitted)" in graded.shown.errors
+
+
+@pytest.mark.parametrize("path", ["/etc/shadow", str(ROOT / GUEST)], ids=["shadow", "solution"])
+def test_without_bubblewrap_the_compiler_sees_no_other_file_either(
+    submission: Submission, no_bubblewrap: str, path: str
+) -> None:
+    submission.append(f'\nasm(".incbin \\"{path}\\"");\n')
+    expect_nothing(submission.grade(PATH=no_bubblewrap), "it does not build")
 
 
 def in_sandbox(script: str, **place: Any) -> str:

@@ -5,16 +5,18 @@ is asked for; no network, and no other process. What bounds memory, processes an
 (prlimit(1)): of root, Linux limits no processes, so that root's sandboxes run as a user that nobody else is.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvmlab import landlock
 from kvmlab.engine import DEVICE
 from kvmlab.machine import MachineError
 
@@ -25,6 +27,7 @@ PROCESSES = 48
 FILE_SIZE = 64 << 20
 WITNESS_SIZE = 256 << 20
 
+_LIMITS = [f"--as={MEMORY}", f"--fsize={FILE_SIZE}", "--core=0", "--nofile=512"]
 _NAMESPACES = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try".split()
 _ALONE = [*_NAMESPACES, "--die-with-parent", "--new-session", "--clearenv", "--setenv", "PATH", "/usr/bin"]
 _SYSTEM = "--ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64".split()
@@ -66,20 +69,53 @@ def run(command: Sequence[str], place: Place, limit: float, stdin: bytes = b"", 
     return Ended(-signal.SIGKILL if status is None else status, output, errors, status is None, seen)
 
 
-def _run(command: list[str], scratch: Path, limit: float) -> int | None:
+def build(command: Sequence[str], tree: Path, made: Path, limit: float) -> Ended:
+    """Run a compiler in a tree, which writes only to the folder made. It runs nothing of what it compiles: where
+    there is no sandbox, it is enough to keep other files from it."""
+    given = {f"/tree/{path.name}": path for path in tree.iterdir() if path != made}
+    if not problem(kvm=False):
+        return run(command, Place("/tree", given, {f"/tree/{made.name}": made}), limit)
+    with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch_name:
+        scratch = Path(scratch_name)
+        (scratch / "stdin").touch()
+        words = ["env", "-i", "PATH=/usr/bin", f"TMPDIR={scratch}", "prlimit", *_LIMITS, "--", *command]
+        readable = [tree, *map(Path, ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache"))]
+        writable = [made, scratch, Path("/dev/null")]
+        status = _run(words, scratch, limit, tree, lambda: landlock.keep_only(readable, writable))
+        output, errors = ((scratch / name).read_bytes()[:OUTPUT_MOST] for name in ("output", "errors"))
+    return Ended(-signal.SIGKILL if status is None else status, output, errors, status is None)
+
+
+def _run(
+    command: list[str],
+    scratch: Path,
+    limit: float,
+    folder: Path | None = None,
+    first: Callable[[], None] | None = None,
+) -> int | None:
     """The status; None if it had to be killed. To files: what they can hold is limited."""
     with (
         (scratch / "stdin").open("rb") as stdin,
         (scratch / "output").open("wb") as output,
         (scratch / "errors").open("wb") as errors,
-        subprocess.Popen(command, stdin=stdin, stdout=output, stderr=errors, start_new_session=True) as process,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=stdin,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
+            preexec_fn=first,
+        ) as process,
     ):
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            process.kill()  # and what is in the sandbox dies with it
+            process.kill()  # and what is in the sandbox dies with it,
+            with contextlib.suppress(ProcessLookupError):  # or what a compiler has started
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _arguments(place: Place, scratch: Path) -> list[str]:
@@ -101,8 +137,7 @@ def _arguments(place: Place, scratch: Path) -> list[str]:
 def _limits() -> list[str]:
     user = str(_user())
     become = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--inh-caps=-all"]
-    limits = [f"--nproc={PROCESSES}", f"--as={MEMORY}", f"--fsize={FILE_SIZE}", "--core=0", "--nofile=512"]
-    return [*(become if os.getuid() == 0 else []), "prlimit", *limits, "--"]
+    return [*(become if os.getuid() == 0 else []), "prlimit", f"--nproc={PROCESSES}", *_LIMITS, "--"]
 
 
 def _user() -> int:
