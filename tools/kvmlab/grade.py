@@ -1,7 +1,7 @@
 """Grade a submission: its files in the trusted tree, built and run in a sandbox, judged outside of it.
 
 Nothing that comes out of a sandbox is believed but the events, and these only if they agree with what was
-seen from outside (witness.py). doc/grading.md says what that is worth.
+seen from outside (witness.py). tools/grading.md says what that is worth.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class DistrustedError(MachineError):
     """What was seen from outside of the sandbox is not what the record says."""
 
 
-class _Late(MachineError):
+class _LateError(MachineError):
     """The VMM did not end by itself."""
 
 
@@ -52,7 +52,7 @@ class _SandboxedKvm(Kvm):
             ended = sandbox.run(job.command, place, job.time_limit + LATE, job.stdin, is_witnessed=True)
             content = read_result(record)
         if ended.is_late:
-            raise _Late(f"the time limit: the VMM did not end within {job.time_limit + LATE:.0f} seconds")
+            raise _LateError(f"the time limit: the VMM did not end within {job.time_limit + LATE:.0f} seconds")
         _agree(content, job, witness.seen_by_strace(ended.witness))
         return Outcome(ended.status, ended.output, ended.errors, {EVENTS: content})
 
@@ -131,6 +131,7 @@ def _make(tree: Path, lesson: Lesson) -> str:
 
 def _judged(lesson: Lesson, build: Path, engine: str, seeds: list[int]) -> LessonResult:
     """On the first engine that turns out to be able to."""
+    is_again = False
     while True:
         try:
             chosen, _ = _choose(lesson, engine)
@@ -141,10 +142,15 @@ def _judged(lesson: Lesson, build: Path, engine: str, seeds: list[int]) -> Lesso
         except Unable as error:
             lesson = dataclasses.replace(lesson, not_on=lesson.not_on | {error.engine: error.reason})
         except judge.HostError as error:
-            first = next(iter(str(error).splitlines()), "it said nothing")
+            first = next(iter(str(error).splitlines()), "")
             return nothing(lesson, chosen.name, seeds, f"the VMM ended before it recorded anything: {first}")
-        except MachineError as error:
-            return nothing(lesson, chosen.name, seeds, str(error))
+        except (OSError, MachineError) as error:
+            # Of an emulated machine that breaks nobody knows whose fault it is.
+            if is_again or isinstance(error, (DistrustedError, _LateError)):
+                return nothing(lesson, chosen.name, seeds, str(error))
+            is_again = True
+        finally:
+            chosen.close()
 
 
 def _result(lesson: Lesson, engine: str, seeds: list[int], verdicts: list[judge.Verdict]) -> LessonResult:
@@ -213,12 +219,15 @@ def grade(path: str, lessons: list[Lesson], engine: str, seeds: list[int]) -> Gr
 
 
 def _grade_lesson(lesson: Lesson, tree: Path, engine: str, seeds: list[int]) -> LessonResult:
-    if problem := _make(tree, lesson):
+    def otherwise(problem: str) -> LessonResult:
         return nothing(lesson, engine, seeds, problem)
-    return _apart(
-        lambda: _judged(lesson, tree / "build", engine, seeds),
-        lambda problem: nothing(lesson, engine, seeds, problem),
-    )
+
+    try:
+        if problem := _make(tree, lesson):
+            return otherwise(problem)
+        return _apart(lambda: _judged(lesson, tree / "build", engine, seeds), otherwise)
+    except OSError as error:  # no space, no memory: there must be a result all the same
+        return otherwise(f"the grader could not do its work: {error}")
 
 
 def must_be_able(lessons: list[Lesson], engine: str) -> str:

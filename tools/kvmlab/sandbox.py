@@ -61,7 +61,9 @@ def run(command: Sequence[str], place: Place, limit: float, stdin: bytes = b"", 
     with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch_name:
         scratch = Path(scratch_name)
         (scratch / "stdin").write_bytes(stdin)
-        witness = ["prlimit", f"--fsize={WITNESS_SIZE}", "--", *_WITNESS, "-o", str(scratch / "witness")]
+        # bwrap dies with its parent; strace does not by itself.
+        alone = ["setpriv", "--pdeathsig", "KILL", "prlimit", f"--fsize={WITNESS_SIZE}", "--"]
+        witness = [*alone, *_WITNESS, "-o", str(scratch / "witness")]
         whole = [*(witness if is_witnessed else []), "bwrap", *_arguments(place, scratch), "--", *_limits(), *command]
         status = _run(whole, scratch, limit)
         output, errors = ((scratch / name).read_bytes()[:OUTPUT_MOST] for name in ("output", "errors"))
