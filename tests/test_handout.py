@@ -17,7 +17,7 @@ pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build", "kept"}
 PROOF_OF = (
-    *("commands", "compare", "engines", "handout", "lesson_texts", "lessons", "terminal", "tlb_notes"),
+    *("commands", "compare", "engines", "grading", "handout", "lesson_texts", "lessons", "terminal", "tlb_notes"),
     *("iommu", "passthrough", "reset", "source", "student", "userfaultfd", "vfio", "virtio_guest", "watch"),
 )
 PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
