@@ -83,7 +83,10 @@ def build(command: Sequence[str], tree: Path, made: Path, limit: float) -> Ended
         words = ["env", "-i", "PATH=/usr/bin", f"TMPDIR={scratch}", "prlimit", *_LIMITS, "--", *command]
         readable = [tree, *map(Path, ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache"))]
         writable = [made, scratch, Path("/dev/null")]
-        status = _run(words, scratch, limit, tree, lambda: landlock.keep_only(readable, writable))
+        try:
+            status = _run(words, scratch, limit, tree, lambda: landlock.keep_only(readable, writable))
+        except subprocess.SubprocessError:
+            raise MachineError(f"there is no Landlock to build under, and {problem(kvm=False)}") from None
         output, errors = ((scratch / name).read_bytes()[:OUTPUT_MOST] for name in ("output", "errors"))
     return Ended(-signal.SIGKILL if status is None else status, output, errors, status is None)
 
