@@ -48,6 +48,9 @@ handout: setup-run ## DEST=dir  write the student tree, a git repository: the le
 grade: setup-grade ## SUBMISSION=path [LESSON=n] [ENGINE=e] [SEEDS=s,...] [FORMAT=table|json]  grade a folder, a tar or zip file or a git revision, in a sandbox
 	@$(KVMLAB) grade --submission='$(SUBMISSION)' $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(FORMAT),--format='$(FORMAT)')
 
+grade-all: setup-grade ## SUBMISSIONS=dir [JOBS=n] [RESULTS=dir] [LESSON=n] [ENGINE=e] [SEEDS=a,b]  grade many submissions; go on after an interruption
+	@$(KVMLAB) grade-all '$(SUBMISSIONS)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(RESULTS),--results='$(RESULTS)') $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)')
+
 test: setup-test setup-svm setup-vmx ## [ENGINE=kvm,svm,vmx]  everything that must hold before a change lands
 	@$(MAKE) --no-print-directory -s -j2 build-all build-asan
 	@$(PYTHON) -m pytest -n 2 --engines=$(if $(ENGINE),$(ENGINE),kvm,svm,vmx) $(PYTEST_ARGS)
@@ -73,7 +76,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check watch compare debug list hint reset handout grade test cover doctor lint setup help clean build-lesson build-all build-asan
+.PHONY: run check watch compare debug list hint reset handout grade grade-all test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 

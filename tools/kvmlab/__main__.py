@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import os
 import secrets
 import signal
 import sys
@@ -22,6 +23,7 @@ from kvmlab.markers import MarkerError
 from kvmlab.progress import Progress
 
 if TYPE_CHECKING:
+    from kvmlab import grade_all
     from kvmlab.judge import Verdict
 
 CHECK_SEEDS = 3
@@ -210,6 +212,37 @@ def _seeds(text: str) -> list[int]:
     return [_seed(each) for each in text.split(",")]
 
 
+def _grade_all(arguments: argparse.Namespace) -> int:
+    from kvmlab import grade_all
+
+    if arguments.jobs < 1:
+        raise UsageError(f"JOBS={arguments.jobs}: expected a number from 1 on")
+    results = grade_all.grade_all(_work(arguments), arguments.jobs)
+    bad = [result for result in results if not result.grade]
+    print(f"{len(results)} submissions, {len(bad)} of them without a grade; points: {arguments.results}/points.csv")
+    for result in bad:
+        print(f"kvmlab: {result}", file=sys.stderr)
+    return 5 if bad else 0
+
+
+def _grade_item(arguments: argparse.Namespace) -> int:
+    from kvmlab import grade_all
+
+    result = grade_all.grade_one(_work(arguments), arguments.index)
+    print(result)
+    return 0 if result.grade else 5
+
+
+def _work(arguments: argparse.Namespace) -> "grade_all.Work":
+    from kvmlab import grade_all
+
+    if not arguments.submissions:
+        raise UsageError("which submissions? say SUBMISSIONS=dir, as in: make grade-all SUBMISSIONS=../handed-in")
+    arguments.results = arguments.results or arguments.build / "grades"
+    options = [f"--{name}={vars(arguments)[name]}" for name in ("lesson", "engine", "seeds") if vars(arguments)[name]]
+    return grade_all.Work(Path(arguments.submissions), arguments.results, (*grade_all.GRADER, *options))
+
+
 def _seed(text: str) -> int:
     try:
         seed = int(text, 0)
@@ -265,6 +298,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("handout")
     command.set_defaults(function=_handout)
     command.add_argument("destination", nargs="?")
+    for name, function in {"grade-all": _grade_all, "grade-item": _grade_item}.items():
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        if name == "grade-item":
+            command.add_argument("index", type=int, help="in sorted order, from 0 on")
+        else:
+            command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+        command.add_argument("submissions", nargs="?")
+        command.add_argument("--results", type=Path)
+        for option in ("--lesson", "--engine", "--seeds"):
+            command.add_argument(option, default="")
     return parser
 
 

@@ -1,0 +1,301 @@
+"""Many submissions: graded side by side, each by a grader of its own, and kept so that nothing is graded twice.
+
+A folder of results has `grades/`, one file for each submission, then `points.csv` and `pages/`, which are made of
+those. Machines that share both folders can each grade some: an item is a submission's place in sorted order.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, NoReturn
+
+from kvmlab.formats import FormatError, formatted, from_json, one_line
+from kvmlab.grades import Grade
+from kvmlab.lesson import UsageError
+from kvmlab.page import page
+from kvmlab.progress_bar import Progress
+
+GRADER = (sys.executable, "-m", "kvmlab", "grade")
+# The grader has limits of its own: this is for one that hangs all the same.
+TOO_LONG = 3600.0
+GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be graded, how, and where the results go."""
+
+    submissions: Path
+    results: Path
+    grader: tuple[str, ...] = GRADER  # with the options that hold for all submissions
+
+    def items(self) -> list[Path]:
+        """In sorted order, as `ls` counts them: what is hidden is none."""
+        if not self.submissions.is_dir():
+            raise UsageError(f"{self.submissions} is no folder: SUBMISSIONS=dir names one with a submission each")
+        if self.results.resolve().is_relative_to(self.submissions.resolve()):
+            raise UsageError(f"{self.results} lies among the submissions: name another folder with RESULTS=dir")
+        found = sorted(path for path in self.submissions.iterdir() if not path.name.startswith("."))
+        if not found:
+            raise UsageError(f"there is no submission in {self.submissions}")
+        return found
+
+    def file(self, folder: str, submission: Path, suffix: str) -> Path:
+        return self.results / folder / (_file_name(submission.name) + suffix)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one submission: a grade or a problem."""
+
+    name: str
+    digest: str
+    grade: Grade | None = None
+    problem: str = ""
+
+    def __str__(self) -> str:
+        outcome = f"{self.grade.points} of {self.grade.total} points" if self.grade else self.problem
+        return f"{one_line(self.name)}: {outcome}"
+
+
+class Stopped(Exception):
+    """The work was interrupted before this submission was graded."""
+
+
+def grade_all(work: Work, jobs: int) -> list[Result]:
+    """Grade what has not been graded yet, and write points and pages of all."""
+    items = work.items()
+    results: dict[Path, Result] = {}
+    progress = Progress(len(items))
+    with _running() as graders, ThreadPoolExecutor(jobs) as pool:
+        try:
+            waiting = {pool.submit(grade_item, work, item, graders): item for item in items}
+            for future in as_completed(waiting):
+                results[waiting[future]] = future.result()
+                progress.step(str(future.result()))
+        except BaseException:
+            graders.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            progress.close()
+    ordered = [results[item] for item in items]
+    for item, result in zip(items, ordered, strict=True):
+        write(work.file("pages", item, ".html"), page(result.name, result.grade, result.problem))
+    write(work.results / "points.csv", points(ordered))
+    return ordered
+
+
+def grade_one(work: Work, index: int) -> Result:
+    """The work item of this number, for a machine that does nothing else."""
+    items = work.items()
+    if not 0 <= index < len(items):
+        raise UsageError(f"there is no submission {index}: they are numbered from 0 to {len(items) - 1}")
+    with _running() as graders:
+        return grade_item(work, items[index], graders)
+
+
+def grade_item(work: Work, submission: Path, graders: "Graders") -> Result:
+    """The result that is there, if the submission is still the same; a grader that crashed is tried again."""
+    file = work.file("grades", submission, ".json")
+    try:
+        digest = _digest(submission, work.grader[len(GRADER) :])
+    except OSError as error:
+        return Result(submission.name, "", problem=one_line(f"it cannot be read: {error}"))
+    kept = _kept(file)
+    if kept and kept.digest == digest and kept.grade:
+        return kept
+    result = dataclasses.replace(_graded(work, submission, graders), digest=digest)
+    write(file, _as_json(result))
+    return result
+
+
+# ---- graders ----
+
+
+class Graders:
+    """The processes that are grading now."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def run(self, command: list[str], said: IO[bytes]) -> int:
+        """The exit status. In a process group of its own, so that it can be ended with all that it started."""
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, process_group=0)
+            self._running.add(process)
+        try:
+            process.wait(TOO_LONG)
+        except subprocess.TimeoutExpired:
+            _end(process)
+        with self._lock:
+            self._running.remove(process)
+            if self._stopped:
+                raise Stopped
+        return process.returncode
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            running = set(self._running)
+        for process in running:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[Graders]:
+    """Graders that are ended with us, also when a batch system or a closed terminal ends us."""
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    graders = Graders()
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield graders
+    except BaseException:
+        graders.stop()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _graded(work: Work, submission: Path, graders: Graders) -> Result:
+    with tempfile.TemporaryDirectory(prefix="kvmlab-grade-") as scratch, tempfile.TemporaryFile() as said:
+        output = Path(scratch) / "grade.json"
+        ask = [f"--submission={submission}", "--format=json", f"--output={output}"]
+        status = graders.run([*work.grader, *ask], said)
+        try:
+            grade = from_json(output.read_bytes())
+        except (FormatError, OSError) as error:
+            return Result(submission.name, "", problem=_problem(status, error, said))
+    return Result(submission.name, "", dataclasses.replace(grade, submission=submission.name))
+
+
+def _problem(status: int, error: Exception, said: IO[bytes]) -> str:
+    """Why there is no grade, with the last that the grader said."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
+    lines = said.read().decode(errors="surrogateescape").splitlines()
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    last = lines[-1] if lines else ("it wrote no grade" if isinstance(error, OSError) else str(error))
+    return one_line(f"the grader ended with {how}: {last}")
+
+
+# ---- results ----
+
+
+def _file_name(name: str) -> str:
+    """A name that every file system can hold, and that no other submission has."""
+    safe = re.sub(rb"[^A-Za-z0-9._@+-]", lambda found: b"%%%02X" % found[0][0], os.fsencode(name)).decode()
+    return safe if len(safe) <= 200 else safe[:150] + "%" + hashlib.sha256(safe.encode()).hexdigest()
+
+
+def _digest(submission: Path, options: tuple[str, ...]) -> str:
+    """Of all that the grader is given: names, kinds and contents, and the options."""
+    digest = hashlib.sha256(repr(options).encode())
+    for path in _files(submission):
+        status = path.lstat() if path != submission else path.stat()
+        digest.update(repr((os.fsencode(path.relative_to(submission)), stat.S_IFMT(status.st_mode))).encode())
+        if stat.S_ISLNK(status.st_mode):
+            digest.update(repr(os.readlink(path)).encode())
+        elif stat.S_ISREG(status.st_mode):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(submission: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    yield submission
+    if not submission.is_dir():
+        return
+    for folder, folders, files in os.walk(submission, onerror=fail):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(folders + files))
+
+
+def _as_json(result: Result) -> str:
+    grade = json.loads(formatted(result.grade, "json")) if result.grade else None
+    return json.dumps(vars(result) | {"grade": grade}, indent=1) + "\n"
+
+
+def _kept(file: Path) -> Result | None:
+    """What is no result, or one of another version, is not there."""
+    try:
+        data = json.loads(file.read_bytes())
+        grade = from_json(json.dumps(data["grade"])) if data["grade"] else None
+        return Result(data["name"], data["digest"], grade, data["problem"])
+    except (OSError, ValueError, KeyError, TypeError, FormatError):
+        return None
+
+
+def write(file: Path, text: str) -> None:
+    """All of it or nothing, whatever interrupts us."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False, encoding="utf-8") as new:
+        try:
+            new.write(text)
+            new.flush()
+            os.fsync(new.fileno())
+            os.chmod(new.fileno(), 0o644)
+            os.replace(new.name, file)
+        except BaseException:
+            os.unlink(new.name)
+            raise
+
+
+# ---- points ----
+
+
+def points(results: list[Result]) -> str:
+    """A row for each submission, a column for each lesson. A submission without a grade has no points, not 0."""
+    numbers = {lesson.name: lesson.number for result in results if result.grade for lesson in result.grade.lessons}
+    lessons = sorted(numbers, key=lambda name: numbers[name])
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["submission", *lessons, "points", "total", "problem"])
+    for result in results:
+        of_lesson = {lesson.name: lesson for lesson in result.grade.lessons} if result.grade else {}
+        cells = [of_lesson[name].points if name in of_lesson else "" for name in lessons]
+        sums: tuple[object, object] = (result.grade.points, result.grade.total) if result.grade else ("", "")
+        problems = [f"{lesson.name}: {lesson.problem}" for lesson in of_lesson.values() if lesson.problem]
+        why = "; ".join([result.problem] if result.problem else problems)
+        rows.writerow([_cell(result.name), *cells, *sums, _cell(why)])
+    return text.getvalue()
+
+
+def _cell(text: str) -> str:
+    """A spreadsheet would run a text that begins like a formula."""
+    line = one_line(text)
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line

@@ -1,0 +1,51 @@
+"""A grade as a page for its student: one file of HTML, which loads nothing and runs nothing."""
+
+from collections.abc import Iterator
+from html import escape
+
+from kvmlab.formats import one_line, safe
+from kvmlab.grades import CheckResult, Grade, LessonResult
+
+_STYLE = """
+body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; width: 100% }
+td { border-top: 1px solid #ccc; padding: .2em .8em .2em 0; vertical-align: top }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2em 0; background: #f4f4f4; padding: .5em }
+.pass { color: #060 } .FAIL { color: #a00; font-weight: bold }
+"""
+
+
+def page(name: str, grade: Grade | None, problem: str) -> str:
+    """For the submission of this name; without a grade there is a problem."""
+    title = escape(one_line(name))
+    body = list(_grade(safe(grade))) if grade else [f"<p>It could not be graded: {escape(one_line(problem))}</p>"]
+    head = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
+    ]
+    return "\n".join([*head, *body, "</body>\n</html>\n"])
+
+
+def _grade(grade: Grade) -> Iterator[str]:
+    yield f"<p>{grade.points} of {grade.total} points</p>"
+    for lesson in grade.lessons:
+        yield from _lesson(lesson)
+
+
+def _lesson(lesson: LessonResult) -> Iterator[str]:
+    seeds = ", ".join(map(str, lesson.seeds))
+    yield f"<h2>Lesson {lesson.number}: {escape(lesson.title)}</h2>"
+    yield f"<p>{lesson.points} of {lesson.total} points, on {escape(lesson.engine)} with the seeds {seeds}</p>"
+    if lesson.problem:
+        yield f"<pre>{escape(lesson.problem)}</pre>"
+    yield "<table>"
+    yield from (_check(check) for check in lesson.checks)
+    yield "</table>"
+
+
+def _check(check: CheckResult) -> str:
+    verdict = "pass" if check.passed else "FAIL"
+    why = f"<pre>{escape(check.message)}\n(seed {check.seed})</pre>" if check.message else ""
+    cells = [f'<td class="{verdict}">{verdict}</td>', f"<td>{check.points}/{check.worth}</td>"]
+    return f"<tr>{''.join(cells)}<td>{escape(check.title)}{why}</td></tr>"
