@@ -35,6 +35,7 @@ FILES = {
     "usr/bin/python3": "python3",
     "usr/lib/python3/dist-packages/pytest": "python3-pytest",
     "usr/lib/python3/dist-packages/xdist": "python3-pytest-xdist",
+    "usr/lib/python3/dist-packages/yaml": "python3-yaml",
     "usr/lib/llvm-14/lib/clang/14.0.6/lib/linux/libclang_rt.fuzzer-x86_64.a": "libclang-rt-dev",
 }
 TOMLLIB = "usr/lib/python3.11/tomllib"

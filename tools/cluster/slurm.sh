@@ -1,0 +1,22 @@
+#!/bin/bash
+# One submission for each task of a Slurm array job (sbatch(1), --array), on folders that all nodes see. From the
+# course's tree, with as many tasks as there are submissions, of which 50 run at a time:
+#
+#     sbatch --array=0-$(($(ls SUBMISSIONS | wc -l) - 1))%50 tools/cluster/slurm.sh SUBMISSIONS RESULTS
+#
+# When the array is done, `make grade-all SUBMISSIONS=... RESULTS=...` grades what is missing, and writes points and
+# pages. A node needs the packages that `tools/setup run svm` names, and a cache (README, KVMLAB_CACHE) that is there.
+#SBATCH --job-name=kvmlab
+#SBATCH --cpus-per-task=2
+#SBATCH --mem=4G
+#SBATCH --time=00:30:00
+#SBATCH --output=kvmlab-%A_%a.log
+set -eu
+
+if [ $# != 2 ] || [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    echo "kvmlab: say: sbatch --array=0-N tools/cluster/slurm.sh SUBMISSIONS RESULTS" >&2
+    exit 2
+fi
+# Slurm runs a copy of this file, in the folder where sbatch was called.
+export PYTHONPATH=tools PYTHONDONTWRITEBYTECODE=1
+exec /usr/bin/python3 -m kvmlab grade-item "$SLURM_ARRAY_TASK_ID" "$1" --results="$2"
