@@ -51,6 +51,9 @@ grade: setup-grade ## SUBMISSION=path [LESSON=n] [ENGINE=e] [SEEDS=s,...] [FORMA
 grade-all: setup-grade ## SUBMISSIONS=dir [JOBS=n] [RESULTS=dir] [LESSON=n] [ENGINE=e] [SEEDS=a,b]  grade many submissions; go on after an interruption
 	@$(KVMLAB) grade-all '$(SUBMISSIONS)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(RESULTS),--results='$(RESULTS)') $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)')
 
+gradescope: setup-svm ## the autograder for Gradescope, as build/gradescope.zip
+	@$(KVMLAB) gradescope
+
 test: setup-test setup-svm setup-vmx ## [ENGINE=kvm,svm,vmx]  everything that must hold before a change lands
 	@$(MAKE) --no-print-directory -s -j2 build-all build-asan
 	@$(PYTHON) -m pytest -n 2 --engines=$(if $(ENGINE),$(ENGINE),kvm,svm,vmx) $(PYTEST_ARGS)
@@ -76,7 +79,7 @@ clean: ## remove everything that was built
 setup-%:
 	@tools/setup $*
 
-.PHONY: run check watch compare debug list hint reset handout grade grade-all test cover doctor lint setup help clean build-lesson build-all build-asan
+.PHONY: run check watch compare debug list hint reset handout grade grade-all gradescope test cover doctor lint setup help clean build-lesson build-all build-asan
 
 # ---- how it is built ----
 

@@ -17,13 +17,21 @@ pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build", "kept"}
 PROOF_OF = (
-    *("commands", "compare", "engines", "grading", "handout", "lesson_texts", "lessons", "terminal", "tlb_notes"),
-    *("iommu", "passthrough", "reset", "source", "student", "userfaultfd", "vfio", "virtio_guest", "watch"),
+    *("commands", "compare", "engines", "grading", "gradescope", "handout", "iommu", "lesson_texts", "lessons"),
+    *("passthrough", "reset", "source", "student", "terminal", "tlb_notes", "userfaultfd", "vfio", "virtio_guest"),
+    *("watch", "workflows"),
 )
 PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
 # What the VMM and the guests' runtime do in the way that a lesson has students write.
 ALIKE = {"guest/virtio_console.c", "vmm/virtqueue.c"}
-PROOF_FOLDERS = ("tests/hosts/iommu", "tests/hosts/passthrough", "tests/hosts/vfio", "tests/mutants", "tests/virtio")
+PROOF_FOLDERS = (
+    ".github",
+    "tests/hosts/iommu",
+    "tests/hosts/passthrough",
+    "tests/hosts/vfio",
+    "tests/mutants",
+    "tests/virtio",
+)
 
 
 @pytest.fixture(scope="session")

@@ -212,6 +212,15 @@ def _seeds(text: str) -> list[int]:
     return [_seed(each) for each in text.split(",")]
 
 
+def _gradescope(arguments: argparse.Namespace) -> int:
+    from kvmlab import gradescope
+
+    file = arguments.build / "gradescope.zip"
+    gradescope.write(Path.cwd(), file)
+    print(f"the autograder for Gradescope is {file}")
+    return 0
+
+
 def _grade_all(arguments: argparse.Namespace) -> int:
     from kvmlab import grade_all
 
@@ -298,6 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("handout")
     command.set_defaults(function=_handout)
     command.add_argument("destination", nargs="?")
+    commands.add_parser("gradescope").set_defaults(function=_gradescope)
     for name, function in {"grade-all": _grade_all, "grade-item": _grade_item}.items():
         command = commands.add_parser(name)
         command.set_defaults(function=function)

@@ -7,8 +7,10 @@ from kvmlab import markers, repository, reset
 from kvmlab.lesson import UsageError
 from kvmlab.repository import GitError
 
-# The proof that the lessons hold what they promise: it consists of solutions, right and wrong ones.
+# The proof that the lessons hold what they promise: it consists of solutions, right and wrong ones. And what would
+# run in a student's repository though it is for ours.
 _LEFT_OUT = {
+    ".github",
     "tests/hosts/iommu",
     "tests/hosts/passthrough",
     "tests/hosts/vfio",
@@ -18,6 +20,7 @@ _LEFT_OUT = {
     "tests/test_compare.py",
     "tests/test_engines.py",
     "tests/test_grading.py",
+    "tests/test_gradescope.py",
     "tests/test_handout.py",
     "tests/test_iommu.py",
     "tests/test_lesson_texts.py",
@@ -32,6 +35,7 @@ _LEFT_OUT = {
     "tests/test_vfio.py",
     "tests/test_virtio_guest.py",
     "tests/test_watch.py",
+    "tests/test_workflows.py",
     "tests/variants.py",
     "tests/virtio",
 }
@@ -45,10 +49,10 @@ def write(source: Path, destination: Path) -> str:
     repository, with all of it in one commit, if it is none."""
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UsageError(f"{destination} is not an empty folder: name one that does not exist yet")
-    files = [path for path in _files(source) if not any(f"{path}/".startswith(f"{left}/") for left in _LEFT_OUT)]
+    copied = [path for path in files(source) if not any(f"{path}/".startswith(f"{left}/") for left in _LEFT_OUT)]
     # All of them before the first is written: a marker that is wrong must not let a solution out.
-    stripped = _stripped(source, files)
-    for path in files:
+    stripped = _stripped(source, copied)
+    for path in copied:
         copy = destination / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, copy)
@@ -71,7 +75,7 @@ def _stripped(source: Path, files: list[str]) -> dict[str, str]:
     return {path: markers.student_version(text, path) for path, text in texts.items()}
 
 
-def _files(source: Path) -> list[str]:
+def files(source: Path) -> list[str]:
     """What git tracks, so that nothing of a build slips in; without git, all but known products."""
     if not (source / ".git").exists():
         paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
