@@ -1,0 +1,111 @@
+"""The workflows for GitHub: keys that GitHub knows, and commands that there are."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import]
+
+from kvmlab.lesson import load_all
+from kvmlab.plugin import ROOT
+
+COURSE = ROOT / ".github" / "workflows" / "course.yml"
+CLASSROOM = ROOT / "tools" / "classroom" / "classroom.yml"
+
+# GitHub's "Workflow syntax for GitHub Actions".
+WORKFLOW = {"name", "run-name", "on", "permissions", "env", "defaults", "concurrency", "jobs"}
+JOB = {"name", "permissions", "needs", "if", "runs-on", "environment", "concurrency", "outputs", "env", "defaults"}
+JOB |= {"steps", "timeout-minutes", "strategy", "continue-on-error", "container", "services", "uses", "with", "secrets"}
+STEP = {"id", "if", "name", "uses", "run", "working-directory", "shell", "with", "env", "continue-on-error"}
+STEP |= {"timeout-minutes"}
+CONTAINER = {"image", "credentials", "env", "ports", "volumes", "options"}
+
+both = pytest.mark.parametrize("file", [COURSE, CLASSROOM], ids=["course", "classroom"])
+
+
+def read(file: Path) -> Any:
+    # YAML 1.1 takes the key `on` for a truth.
+    return {"on" if key is True else key: value for key, value in yaml.safe_load(file.read_text()).items()}
+
+
+def steps(file: Path) -> list[dict[str, Any]]:
+    [job] = read(file)["jobs"].values()
+    return list(job["steps"])
+
+
+@both
+def test_github_knows_every_key(file: Path) -> None:
+    workflow = read(file)
+    assert {"on", "jobs"} <= workflow.keys() <= WORKFLOW
+    assert set(workflow["on"]) <= {"push", "pull_request", "workflow_dispatch"}
+    for job in workflow["jobs"].values():
+        assert {"runs-on", "steps"} <= job.keys() <= JOB
+        assert job["container"].keys() <= CONTAINER
+        for step in job["steps"]:
+            assert step.keys() <= STEP
+            assert len(step.keys() & {"run", "uses"}) == 1, step
+
+
+@both
+def test_a_workflow_may_only_read(file: Path) -> None:
+    assert read(file)["permissions"] == {"contents": "read"}
+
+
+@both
+def test_every_command_is_one_for_the_shell_of_the_container(file: Path) -> None:
+    """In a container GitHub uses `sh -e`."""
+    for step in steps(file):
+        if "run" in step:
+            done = subprocess.run(["sh", "-n"], input=step["run"], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), step
+
+
+WORDS = {"if", "else", "fi", "then", "[", "echo", "exit", "cat"}
+
+
+@both
+def test_every_command_exists(file: Path) -> None:
+    parser = subprocess.run(
+        ["/usr/bin/python3", "-m", "kvmlab", "--help"],
+        env={"PYTHONPATH": str(ROOT / "tools")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for step in steps(file):
+        for line in re.split(r"\n|&&", step.get("run", "")):
+            words = [word for word in shlex.split(line) if not re.match(r"\w+=", word)]
+            if not words or words[0] in WORDS:
+                continue
+            assert shutil.which(words[0], path=f"{ROOT}:/usr/bin:/bin") or (ROOT / words[0]).exists(), line
+            if words[0] == "make":
+                subprocess.run(["make", "-n", words[1], "SETUP=never"], cwd=ROOT, capture_output=True, check=True)
+            if "kvmlab" in words:
+                called = words[words.index("kvmlab") + 1]
+                # The grader itself is another part of the course.
+                assert called == "grade" or f" {called}" in parser.stdout, line
+
+
+@both
+def test_without_kvm_it_says_which_engine_stands_in(file: Path, tmp_path: Path) -> None:
+    [script] = [step["run"] for step in steps(file) if "/dev/kvm" in step.get("run", "")]
+    environment = {"PATH": "/usr/bin:/bin", "GITHUB_ENV": str(tmp_path / "env")}
+    script = script.replace("/dev/kvm ]", f"{tmp_path}/nowhere ]")
+    done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"::notice title=[^:]+::.*svm.*\n", done.stdout)
+    if file == COURSE:
+        assert (tmp_path / "env").read_text() == "ENGINES=svm,vmx\n"
+
+
+def test_the_classroom_hears_of_every_lesson() -> None:
+    [reporter] = [step for step in steps(CLASSROOM) if "reporter" in step.get("uses", "")]
+    names = [f"lesson-{lesson.number}" for lesson in load_all(ROOT / "lessons")]
+    assert reporter["with"]["runners"].split(",") == names
+    # autograding-grading-reporter, src/main.js: the variable of a runner's result.
+    outputs = {f"{name.upper()}_RESULTS": f"${{{{ steps.grade.outputs.{name} }}}}" for name in names}
+    assert reporter["env"] == outputs
+    assert [step["id"] for step in steps(CLASSROOM) if "id" in step] == ["grade"]
