@@ -41,6 +41,7 @@ do = (options.submission / "do").read_text() if options.submission.is_dir() else
 if do == "crash":
     sys.exit("Traceback: \\x1b[2J it crashed")
 if do == "lie":
+    print("all went well")
     options.output.write_text('{{"version": 1, "points": 999}}')
     sys.exit(0)
 if do == "die":

@@ -202,12 +202,12 @@ def _graded(work: Work, submission: Path, graders: Graders) -> Result:
 
 
 def _problem(status: int, error: Exception, said: IO[bytes]) -> str:
-    """Why there is no grade, with the last that the grader said."""
+    """What is wrong with what the grader wrote, or, where it wrote nothing, the last that it said."""
     said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
     lines = said.read().decode(errors="surrogateescape").splitlines()
     how = f"signal {-status}" if status < 0 else f"status {status}"
-    last = lines[-1] if lines else ("it wrote no grade" if isinstance(error, OSError) else str(error))
-    return one_line(f"the grader ended with {how}: {last}")
+    why = str(error) if isinstance(error, FormatError) else lines[-1] if lines else "it wrote no grade"
+    return one_line(f"the grader ended with {how}: {why}")
 
 
 # ---- results ----
