@@ -5,7 +5,8 @@
 #     sbatch --array=0-$(($(ls SUBMISSIONS | wc -l) - 1))%50 tools/cluster/slurm.sh SUBMISSIONS RESULTS
 #
 # When the array is done, `make grade-all SUBMISSIONS=... RESULTS=...` grades what is missing, and writes points and
-# pages. A node needs the packages that `tools/setup run svm vmx` names, and a cache (README, KVMLAB_CACHE) that is there.
+# pages. A node needs the packages that `tools/setup run svm vmx grade` installs, and the cache of the emulated
+# machines (README, KVMLAB_CACHE).
 #SBATCH --job-name=kvmlab
 #SBATCH --cpus-per-task=2
 #SBATCH --mem=4G
