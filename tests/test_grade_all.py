@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import one_line
 
-from kvmlab import grade_all
+from kvmlab import grade_all, whole_file
 from kvmlab.formats import formatted
 from kvmlab.grade_all import Graders, Result, Work
 from kvmlab.grades import CheckResult, Grade, LessonResult
@@ -254,9 +254,9 @@ def test_an_interruption_ends_the_graders_and_keeps_what_is_there(
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "result"
-    grade_all.write(file, "old")
+    whole_file.write(file, "old")
     with pytest.raises(UnicodeEncodeError):
-        grade_all.write(file, "new\udc80")
+        whole_file.write(file, "new\udc80")
     assert (file.read_text(), list(tmp_path.iterdir())) == ("old", [file])
 
 

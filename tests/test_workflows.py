@@ -69,13 +69,6 @@ WORDS = {"if", "else", "fi", "then", "[", "echo", "exit", "cat"}
 
 @both
 def test_every_command_exists(file: Path) -> None:
-    parser = subprocess.run(
-        ["/usr/bin/python3", "-m", "kvmlab", "--help"],
-        env={"PYTHONPATH": str(ROOT / "tools")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     for step in steps(file):
         for line in re.split(r"\n|&&", step.get("run", "")):
             words = [word for word in shlex.split(line) if not re.match(r"\w+=", word)]
@@ -86,8 +79,11 @@ def test_every_command_exists(file: Path) -> None:
                 subprocess.run(["make", "-n", words[1], "SETUP=never"], cwd=ROOT, capture_output=True, check=True)
             if "kvmlab" in words:
                 called = words[words.index("kvmlab") + 1]
-                # The grader itself is another part of the course.
-                assert called == "grade" or f" {called}" in parser.stdout, line
+                python = ["/usr/bin/python3", "-m", "kvmlab", called, "--help"]
+                done = subprocess.run(
+                    python, env={"PYTHONPATH": str(ROOT / "tools")}, capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 0, done.stderr
 
 
 @both

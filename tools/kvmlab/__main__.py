@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from kvmlab import engine as engines
-from kvmlab import hints, progress, reset, trace, watch
+from kvmlab import formats, hints, progress, reset, trace, watch, whole_file
 from kvmlab import lesson as lessons
 from kvmlab.engine import CannotRun, Engine, Unable
 from kvmlab.lesson import Lesson, UsageError
@@ -200,11 +200,11 @@ def _grade(arguments: argparse.Namespace) -> int:
     print(grade.must_be_able(chosen, arguments.engine), file=sys.stderr)
     print(f"to see the same again: SEEDS={','.join(map(str, seeds))}", file=sys.stderr, flush=True)
     graded = grade.grade(arguments.submission, chosen, arguments.engine, seeds)
-    text = grade.FORMATS[arguments.format](graded)
+    text = formats.formatted(graded, arguments.format)
     if arguments.output:
-        grade.write(text, arguments.output)
+        whole_file.write(arguments.output, text)
     else:
-        print(text)
+        print(text, end="")
     return 0 if graded.points == graded.total else 1
 
 
@@ -301,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--lesson", default="")
     command.add_argument("--engine", default="auto")
     command.add_argument("--seeds", type=_seeds)
-    command.add_argument("--format", default="table", choices=["table", "json"])
+    command.add_argument("--format", default="table", choices=list(formats.FORMATS))
     command.add_argument("--output", type=Path)
     commands.add_parser("list").set_defaults(function=_list)
     command = commands.add_parser("handout")

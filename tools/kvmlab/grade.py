@@ -5,9 +5,7 @@ seen from outside (witness.py). tools/grading.md says what that is worth.
 """
 
 import dataclasses
-import json
 import multiprocessing
-import os
 import resource
 import tempfile
 import time
@@ -105,13 +103,9 @@ def _choose(lesson: Lesson, wanted: str) -> tuple[Engine, str]:
 # a file of the submission could include it.
 
 
-def student_files(lessons: Iterable[Lesson]) -> dict[str, list[str]]:
-    """By a lesson's name: the files in which its students write, as paths from the project's root."""
-    found = {}
-    for lesson in lessons:
-        paths = [*lesson.also, *(str(path.relative_to(ROOT)) for path in sorted(lesson.folder.glob("*.c")))]
-        found[lesson.name] = [path for path in paths if markers.BEGIN in (ROOT / path).read_text()]
-    return found
+def student_files(lessons: Iterable[Lesson]) -> set[str]:
+    """The files in which students of these lessons write, as paths from the project's root."""
+    return {str(path.relative_to(ROOT)) for each in lessons for path in each.sources if markers.parts_of(path)}
 
 
 def _make(tree: Path, lesson: Lesson) -> str:
@@ -203,12 +197,11 @@ def grade(path: str, lessons: list[Lesson], engine: str, seeds: list[int]) -> Gr
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch:
         tree = Path(scratch) / "tree"
-        handout.write(ROOT, tree)
+        handout.copy(ROOT, tree)
         (tree / "build").mkdir()
         # All of them, whatever is graded: one lesson may use what students of another have written in the runtime.
-        wanted = {name for names in student_files(load_all(ROOT / "lessons")).values() for name in names}
         try:
-            files = submission.read(path, wanted, ROOT)
+            files = submission.read(path, student_files(load_all(ROOT / "lessons")), ROOT)
         except submission.RefusedError as error:
             results = [nothing(lesson, engine, seeds, f"refused: {error}") for lesson in lessons]
         else:
@@ -233,35 +226,3 @@ def _grade_lesson(lesson: Lesson, tree: Path, engine: str, seeds: list[int]) -> 
 def must_be_able(lessons: list[Lesson], engine: str) -> str:
     """Say now what a submission is not to blame for; the line that names the engine of the first lesson."""
     return _choose(lessons[0], engine)[1]
-
-
-# ---- showing it ----
-
-
-def table(grade: Grade) -> str:
-    return "\n".join([*(lesson_table(lesson) for lesson in grade.lessons), f"{grade.points} of {grade.total} points"])
-
-
-def lesson_table(lesson: LessonResult) -> str:
-    lines = [f"lesson {lesson.number}: {lesson.points} of {lesson.total} points ({lesson.title}; {lesson.engine})"]
-    if lesson.problem:
-        return f"{lines[0]}\n  {lesson.problem}"
-    for check in lesson.checks:
-        lines.append(f"  {'pass' if check.passed else 'FAIL'}  {check.points}/{check.worth}  {check.title}")
-        if not check.passed:
-            lines += [f"             {line}" for line in [*check.message.splitlines(), f"(seed {check.seed})"]]
-    return "\n".join(lines)
-
-
-def as_json(grade: Grade) -> str:
-    return json.dumps(dataclasses.asdict(grade), indent=1)
-
-
-FORMATS = {"table": table, "json": as_json}
-
-
-def write(text: str, path: Path) -> None:
-    """All of it or nothing."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text + "\n")
-    scratch.replace(path)

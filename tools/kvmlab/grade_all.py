@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
+from kvmlab import whole_file
 from kvmlab.formats import FormatError, formatted, from_json, one_line
 from kvmlab.grades import Grade
 from kvmlab.lesson import UsageError
@@ -97,8 +98,8 @@ def grade_all(work: Work, jobs: int) -> list[Result]:
             progress.close()
     ordered = [results[item] for item in items]
     for item, result in zip(items, ordered, strict=True):
-        write(work.file("pages", item, ".html"), page(result.name, result.grade, result.problem))
-    write(work.results / "points.csv", points(ordered))
+        whole_file.write(work.file("pages", item, ".html"), page(result.name, result.grade, result.problem))
+    whole_file.write(work.results / "points.csv", points(ordered))
     return ordered
 
 
@@ -122,7 +123,7 @@ def grade_item(work: Work, submission: Path, graders: "Graders") -> Result:
     if kept and kept.digest == digest and kept.grade:
         return kept
     result = dataclasses.replace(_graded(work, submission, graders), digest=digest)
-    write(file, _as_json(result))
+    whole_file.write(file, _as_json(result))
     return result
 
 
@@ -258,21 +259,6 @@ def _kept(file: Path) -> Result | None:
         return Result(data["name"], data["digest"], grade, data["problem"])
     except (OSError, ValueError, KeyError, TypeError, FormatError):
         return None
-
-
-def write(file: Path, text: str) -> None:
-    """All of it or nothing, whatever interrupts us."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False, encoding="utf-8") as new:
-        try:
-            new.write(text)
-            new.flush()
-            os.fsync(new.fileno())
-            os.chmod(new.fileno(), 0o644)
-            os.replace(new.name, file)
-        except BaseException:
-            os.unlink(new.name)
-            raise
 
 
 # ---- points ----

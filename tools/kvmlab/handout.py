@@ -47,22 +47,27 @@ _PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__
 def write(source: Path, destination: Path) -> str:
     """Write the student tree of the project at source to destination, which must not exist yet. Says why it is no git
     repository, with all of it in one commit, if it is none."""
+    copy(source, destination)
+    try:
+        repository.commit_all(destination, "The lessons as they are handed out")
+    except GitError as error:
+        return str(error)
+    return ""
+
+
+def copy(source: Path, destination: Path) -> None:
+    """The files of the student tree, no repository."""
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UsageError(f"{destination} is not an empty folder: name one that does not exist yet")
     copied = [path for path in files(source) if not any(f"{path}/".startswith(f"{left}/") for left in _LEFT_OUT)]
     # All of them before the first is written: a marker that is wrong must not let a solution out.
     stripped = _stripped(source, copied)
     for path in copied:
-        copy = destination / path
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / path, copy)
+        target = destination / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / path, target)
         if path in stripped:
-            copy.write_text(stripped[path])
-    try:
-        repository.commit_all(destination, "The lessons as they are handed out")
-    except GitError as error:
-        return str(error)
-    return ""
+            target.write_text(stripped[path])
 
 
 def _stripped(source: Path, files: list[str]) -> dict[str, str]:

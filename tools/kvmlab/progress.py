@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvmlab import markers
+from kvmlab import markers, whole_file
 from kvmlab.lesson import Lesson
 
 
@@ -26,11 +26,7 @@ def sources_hash(lesson: Lesson) -> str:
 
 def keep(lesson: Lesson, build: Path, progress: Progress) -> None:
     """Replaced as a whole: an interrupt leaves the old one or the new one."""
-    place = _place(lesson, build)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = place.with_suffix(".new")
-    new.write_text(json.dumps(asdict(progress)))
-    new.replace(place)
+    whole_file.write(_place(lesson, build), json.dumps(asdict(progress)))
 
 
 def last(lesson: Lesson, build: Path) -> Progress | None:
