@@ -1,5 +1,7 @@
 """What the tests of the VMM share: its two builds, and a way to call it with any command line."""
 
+import itertools
+import math
 import os
 import signal
 import subprocess
@@ -26,11 +28,23 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell that starts us in the background ignores it, and so would all that the tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes more than a minute; starts first, beside all others")
+    config.addinivalue_line("markers", "spread: many of them take long; they stand between all others")
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(trylast=True)  # after pytest has put side by side what shares a fixture
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """xdist hands out rows of tests, hundreds at first: a row in which all take long would keep one worker busy
+    while the others have nothing left to do."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    spread = [item for item in items if item.get_closest_marker("spread") and item not in slow]
+    others = [item for item in items if item not in slow and item not in spread]
+    share = len(spread) / max(1, len(others))
+    left = iter(spread)
+    items[:] = slow
+    for _, row in itertools.groupby(others, key=lambda item: item.path):
+        items += (tests := list(row))
+        items += itertools.islice(left, math.ceil(len(tests) * share))
+    items += left
 
 
 @pytest.fixture(scope="session", params=["plain", "asan"])

@@ -16,6 +16,7 @@ from kvmlab.events import Event
 from kvmlab.plugin import ROOT
 
 pytest_plugins = ["variants"]
+pytestmark = pytest.mark.spread
 
 MUTANTS = sorted((ROOT / "tests" / "mutants").glob("*/*.patch"))
 ALL_REGIONS = [region for name in NAMES for region in regions(name)]
