@@ -33,7 +33,8 @@ section .note.pvh note alloc noexec nowrite align=4
 
 section .text
 bits 32
-global pvh_entry
+; With its size, so that gdb takes all of it, .long_mode too, for the entry function, where backtraces end.
+global pvh_entry:function (pvh_entry.end - pvh_entry)
 pvh_entry:
         mov esp, boot_stack.top
         lgdt [gdt_pointer]
@@ -57,8 +58,10 @@ bits 64
         mov es, eax
         mov ss, eax
         mov edi, ebx                    ; guest_start(start_info_gpa)
-        xor ebp, ebp                    ; backtraces end here
-        call guest_start                ; does not return
+        xor ebp, ebp                    ; the VMM's backtraces end here
+        call guest_start
+        ud2                             ; it does not return
+.end:
 
 ; One stub for each vector. The CPU pushes an error code for some exceptions; the others get a 0, so
 ; that every struct trap_frame (include/machine.h) looks alike. Stubs are 16 bytes apart:
@@ -79,6 +82,7 @@ trap_stubs:
 %assign vector vector + 1
 %endrep
 
+static trap_entry:function (trap_entry.end - trap_entry)
 trap_entry:
         push rax
         push rbx
@@ -98,9 +102,11 @@ trap_entry:
         cld
         mov rdi, rsp                    ; trap_dispatch(struct trap_frame *)
         mov rbp, rsp
+.framed:
         and rsp, -16                    ; what the C ABI expects at a call
         call trap_dispatch
         mov rsp, rbp
+.unframed:
         pop r15
         pop r14
         pop r13
@@ -118,7 +124,48 @@ trap_entry:
         pop rax
         add rsp, 16                     ; vector, error code
         iretq
+.end:
 
+; For gdb: where the registers of the code that was interrupted are, while rbp is at a struct trap_frame (DWARF 4,
+; "Call Frame Information"; System V ABI, AMD64 Supplement, "DWARF Register Number Mapping"). The C compiler
+; writes the same for its functions; nasm has no directives for it.
+TRAP_FRAME_WORDS equ 22
+DW_CFA_OFFSET   equ 2 << 6              ; register, words below the end of the frame
+DW_CFA_OFFSET_EXTENDED equ 0x05
+DW_CFA_DEF_CFA  equ 0x0c
+DW_RBP          equ 6
+DW_RSP          equ 7
+DW_RIP          equ 16
+DW_RFLAGS       equ 49
+
+section .debug_frame progbits noalloc noexec nowrite align=8
+trap_cie:
+        dd .end - .id
+.id:    dd 0xffffffff
+        db 1, "S", 0                    ; version, augmentation: a signal frame, which ends between two instructions
+        db 1, -8 & 0x7f, DW_RIP         ; units of code and of data, the return address
+        align 8, db 0
+.end:
+        dd .fde_end - .fde
+.fde:   dd trap_cie
+        dq trap_entry.framed, trap_entry.unframed - trap_entry.framed
+        db DW_CFA_DEF_CFA, DW_RBP, TRAP_FRAME_WORDS * 8 & 0x7f | 0x80, TRAP_FRAME_WORDS * 8 >> 7
+%assign word TRAP_FRAME_WORDS
+%macro saved 1-*
+%rep %0
+        db DW_CFA_OFFSET | %1, word
+%assign word word - 1
+%rotate 1
+%endrep
+%endmacro
+        saved 15, 14, 13, 12, 11, 10, 9, 8, 5, 4, 6, 1, 2, 3, 0         ; r15 to r8, rdi, rsi, rbp, rdx, rcx, rbx, rax
+        db DW_CFA_OFFSET | DW_RIP, 5
+        db DW_CFA_OFFSET_EXTENDED, DW_RFLAGS, 3
+        db DW_CFA_OFFSET | DW_RSP, 2
+        align 8, db 0
+.fde_end:
+
+section .text
 ; uint64_t user_call(uint64_t entry_gva, uint64_t stack_gva, uint64_t argument)
 ; Enter ring 3 as if returning from an interrupt there. RSP0 of the TSS points at the registers
 ; saved here: a trap out of ring 3 pushes its frame below them, and user_return finds them.
