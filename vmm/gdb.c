@@ -62,17 +62,27 @@ bool gdb_is_there(void) { return gdb.socket >= 0; }
 
 /* ---- the line ---- */
 
+#define CTRL_C 3 /* between packets */
+
+static struct io_source *line_source; /* for the thread for input */
+
 static struct {
     char bytes[512];
     size_t next, end;
 } input;
 
+static void line_close(void) {
+    io_enable(line_source, false);
+    close(gdb.socket);
+    gdb.socket = -1;
+    gdb.has_word = false;
+}
+
 /* gdb is no more, but did not say that the guest may go on without it. */
 static void line_lose(void) {
     if (gdb.socket < 0)
         return;
-    close(gdb.socket);
-    gdb.socket = -1;
+    line_close();
     run_stop((enum status)(STATUS_SIGNALLED + SIGHUP), "gdb is gone");
 }
 
@@ -190,6 +200,8 @@ static bool packet_receive(char *packet) {
     while ((c = line_byte()) >= 0) {
         if (c == '-') /* the last answer has not */
             answer_send();
+        if (c == CTRL_C) /* too late for the last step: it is for the next */
+            gdb.interrupted = true;
         if (c != '$')
             continue;
         bool is_whole = packet_body(packet, &is_too_long);
@@ -687,18 +699,12 @@ static void go_on(bool one_step) {
     packet_stop_reason();
 }
 
-static void line_close(void) {
-    close(gdb.socket);
-    gdb.socket = -1;
-    gdb.has_word = false;
-    breakpoints.count = 0;
-}
-
 static void packet_detach(const char *text) {
     (void)text;
     answer_add("OK");
     answer_send();
     line_close();
+    breakpoints.count = 0;
     run_limit_start();
 }
 
@@ -760,6 +766,12 @@ static void converse(void) {
             answer_send();
     }
     gdb.has_word = false;
+    if (input.next < input.end && input.bytes[input.next] == CTRL_C) { /* came with the packet */
+        input.next++;
+        gdb.interrupted = true;
+    }
+    if (gdb.interrupted)
+        vcpu_return_at_once();
 }
 
 void gdb_stop(int signal_number, const struct kvm_regs *regs, const char *format, ...) {
@@ -799,7 +811,7 @@ static void interrupt_receive(void *unused) {
     ssize_t size = gdb.socket < 0 ? -1 : recv(gdb.socket, bytes, sizeof bytes, MSG_DONTWAIT);
     if (size == 0)
         line_lose();
-    else if (size < 0 || !memchr(bytes, 3, (size_t)size))
+    else if (size < 0 || !memchr(bytes, CTRL_C, (size_t)size))
         return;
     gdb.interrupted = true;
     vcpu_kick();
@@ -832,7 +844,7 @@ void gdb_start(const char *path) {
     close(listener);
     if (gdb.socket < 0)
         return;
-    io_watch(gdb.socket, false, interrupt_receive, NULL);
+    line_source = io_watch(gdb.socket, false, interrupt_receive, NULL);
     gdb.signal = SIGTRAP;
     gdb.state = host_run()->s.regs;
     converse();
