@@ -1,10 +1,14 @@
 """`make run` and `check`, as a user types them."""
 
 import json
+import os
+import pty
 import re
+import select
 import subprocess
+import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from kvmlab.plugin import ROOT
 
 pytest_plugins = ["variants"]
 
+README = (ROOT / "README.md").read_text()
 StartVariant = Callable[[str], Variant]
 
 
@@ -103,6 +108,79 @@ def test_make_debug_says_in_one_line_that_it_is_for_kvm(variant: StartVariant, e
     assert said(shown) == [
         f"kvmlab: make debug is for ENGINE=kvm: no line leads into the emulated machine of {engine}"
     ], str(shown)
+
+
+def test_a_session_of_make_debug_reads_as_in_the_readme() -> None:
+    """Each line in its place; where the text has dots, anything may stand."""
+    (quoted,) = re.findall(r"^    make debug LESSON=7 SEED=7\n(.*?)^$", README, re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for line in quoted.splitlines()]
+    typed = [line.removeprefix("(gdb) ") for line in lines if line.startswith("(gdb) ")]
+    done = subprocess.run(
+        ["make", "debug", "LESSON=7", "SEED=7"],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"COLUMNS": "120"},
+        input="".join(f"{command}\n" for command in typed),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    shown = done.stdout
+    for line in lines:
+        pattern = ".*".join(re.escape(part) for part in line.removeprefix("(gdb) ").split("..."))
+        if not line.startswith("(gdb) "):
+            found = re.search(pattern, shown)
+            assert found, f"README.md shows: {line}\nmake debug shows:\n{done.stdout}{done.stderr}"
+            shown = shown[found.end() :]
+    assert done.returncode == 0, done
+
+
+def test_a_host_half_is_debugged_as_the_readme_says() -> None:
+    (quoted,) = re.findall(r"^    gdb --args (.*)$", README, re.MULTILINE)
+    commands = ["-ex", "break interrupt_decide", "-ex", "run", "-ex", "kill"]
+    shown = command("gdb", "-nx", "-batch", *commands, "--args", *quoted.split())
+    assert re.search(r"^Breakpoint 1, interrupt_decide \(.* at lessons/07.*/host\.c:\d+$", shown.output, re.M), shown
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    master, slave = pty.openpty()
+    yield master, slave
+    os.close(master)
+    os.close(slave)
+
+
+def shown_until(master: int, text: bytes) -> str:
+    seen = b""
+    while text not in seen:
+        assert select.select([master], [], [], 60)[0], seen.decode()
+        seen += os.read(master, 4096)
+    return seen.decode()
+
+
+def test_ctrl_c_in_make_debug_is_for_gdb_and_not_for_make(variant: StartVariant, terminal: tuple[int, int]) -> None:
+    """Neither while the guest runs nor at gdb's prompt; and all is as before when gdb is left."""
+    master, slave = terminal
+    home = variant("01-vm-exit")
+    before = termios.tcgetattr(slave)
+    jump_to_itself = b"set *(short *)$pc = 0xfeeb\n"
+    command = ["setsid", "--ctty", "make", f"LESSONS={home.lessons}", f"BUILD={home.build}", "debug", "LESSON=1"]
+    environment = ENVIRONMENT | {"TERM": "dumb"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave) as make:
+        for typed, answer in [
+            (b"", b"(gdb) "),
+            (jump_to_itself, b"(gdb) "),
+            (b"continue\n", b"Continuing."),
+            (b"\3", b"received signal SIGINT"),
+            (b"next\n", b"next"),
+            (b"\3", b"received signal SIGINT"),
+            (b"\3", b"Quit"),
+            (b"quit\n", b"vmm: ended: killed by gdb"),
+        ]:
+            os.write(master, typed)
+            shown_until(master, answer)
+        assert make.wait(20) == 0
+    assert termios.tcgetattr(slave) == before
 
 
 def test_the_greatest_seed_works(variant: StartVariant) -> None:

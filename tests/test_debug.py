@@ -1,16 +1,20 @@
 """gdb in front of a guest: real gdb in batch mode, and packets that no gdb would send."""
 
+import contextlib
 import random
 import re
+import select
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import Guest, Process, one_line, started, wait_until_asleep
+from support import Guest, Process, of_session, one_line, started, wait_until_asleep
 
+from kvmlab import debug
 from kvmlab.engine import ENGINES, Engine
 from kvmlab.machine import Job
 from kvmlab.plugin import ROOT
@@ -35,6 +39,12 @@ def waiting(process: Process) -> None:
     assert b"vmm: waiting for gdb" in said, said
 
 
+def addresses(image: Path, *names: str) -> list[int]:
+    listed = subprocess.run(["nm", image], capture_output=True, text=True, check=True).stdout
+    found = {name: int(address, 16) for address, _, name in (line.split() for line in listed.splitlines())}
+    return [found[name] for name in names]
+
+
 @pytest.fixture
 def gdb(guest: Guest, tmp_path: Path) -> Gdb:
     """Run these commands in gdb, with a guest of tests/guests that stands before its first instruction."""
@@ -42,7 +52,7 @@ def gdb(guest: Guest, tmp_path: Path) -> Gdb:
     def function(name: str, *commands: str, case: str = "", options: tuple[str, ...] = ()) -> Session:
         built = guest(name)
         at = tmp_path / "socket"
-        first = ["set confirm off", "set width 0", f"target remote {at}"]
+        first = [*debug.SETTINGS, "set width 0", f"target remote {at}"]
         given = [word for command in (*first, *commands) for word in ("-ex", command)]
         append = [f"--append=case={case}"] if case else []
         with started(built.vmm, f"--gdb={at}", *append, *options, built.image) as vmm:
@@ -70,6 +80,26 @@ def test_a_breakpoint_shows_callers_and_arguments(gdb: Gdb) -> None:
     assert re.search(r"^Breakpoint 1, panic_at \(kind=.*message=.*\"out of ideas\"", seen.shown, re.MULTILINE), seen
     assert re.search(r"^#1 .* in give_up \(\)", seen.shown, re.MULTILINE), seen
     assert re.search(r"^#3 .*guest_main \(\)", seen.shown, re.MULTILINE), seen
+
+
+def frames(shown: str) -> list[str]:
+    """The functions of a backtrace."""
+    return re.findall(r"^#\d+ +(?:0x[0-9a-f]+ in )?(<.*>|\w+)", shown, re.MULTILINE)
+
+
+def test_a_backtrace_ends_at_the_entry(gdb: Gdb) -> None:
+    seen = gdb("hello", "break guest_main", "continue", "backtrace", "kill")
+    assert frames(seen.shown) == ["guest_main", "guest_start", "pvh_entry"], seen
+
+
+def test_a_backtrace_leads_from_a_trap_handler_to_what_it_has_interrupted(gdb: Gdb) -> None:
+    called = ["panic_report", "trap_dispatch", "<signal handler called>", "write_at", "write_unmapped"]
+    saved = [*(f"r{i}" for i in range(8, 16)), *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "rip")]
+    compare = [f"print $frame->{name} == (uint64_t)${name}" for name in saved]
+    pushed = ("frame function trap_dispatch", "set $frame = frame", "print $frame->vector", "up 2")
+    seen = gdb("crash", "break panic_report", "continue", "backtrace", *pushed, *compare, case="write_unmapped")
+    assert frames(seen.shown)[: len(called)] == called, seen
+    assert re.findall(r"^\$\d+ = (\d+)$", seen.shown, re.MULTILINE) == ["14", *("1" for _ in saved)], seen
 
 
 def test_registers_are_the_vcpus(gdb: Gdb) -> None:
@@ -105,6 +135,11 @@ def test_memory_is_found_by_the_page_tables_of_the_guest(gdb: Gdb) -> None:
 def test_memory_that_is_not_mapped_is_said_to_be_none(gdb: Gdb) -> None:
     seen = gdb("hello", "break guest_main", "continue", "x/1xg 0x7fff00000000")
     assert "Cannot access memory at address 0x7fff00000000" in seen.shown, seen
+
+
+def test_a_watchpoint_stops_where_the_value_has_changed(gdb: Gdb) -> None:
+    seen = gdb("hello", "tbreak trap_install", "continue", "watch tss.ist[0]", "continue", "kill")
+    assert re.search(r"^Old value = 0\nNew value = [1-9]", seen.shown, re.MULTILINE), seen
 
 
 def test_each_step_is_one_instruction(gdb: Gdb) -> None:
@@ -188,7 +223,7 @@ def test_ctrl_c_stops_a_guest_that_hangs(guest: Guest, tmp_path: Path) -> None:
         assert vmm.wait(20) == 128 + signal.SIGKILL
 
 
-# ---- packets that no gdb would send ----
+# ---- packets, one by one ----
 
 
 class Stub:
@@ -215,16 +250,25 @@ class Stub:
         return self.answer()
 
 
-@pytest.fixture
-def stopped(guest: Guest, tmp_path: Path) -> Iterator[tuple[Process, Stub]]:
+@contextlib.contextmanager
+def standing(vmm: Path, *arguments: str | Path) -> Iterator[tuple[Process, Stub]]:
     """A guest before its first instruction, and the line to the stub."""
-    built: Built = guest("hello")
-    at = tmp_path / "socket"
-    with started(built.vmm, f"--gdb={at}", built.image) as vmm, socket.socket(socket.AF_UNIX) as line:
-        waiting(vmm)
-        line.connect(str(at))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(vmm, f"--gdb={folder}/socket", *arguments) as process,
+        socket.socket(socket.AF_UNIX) as line,
+    ):
+        waiting(process)
+        line.connect(f"{folder}/socket")
         line.settimeout(20)
-        yield vmm, Stub(line)
+        yield process, Stub(line)
+
+
+@pytest.fixture
+def stopped(guest: Guest) -> Iterator[tuple[Process, Stub]]:
+    built: Built = guest("hello")
+    with standing(built.vmm, built.image) as pair:
+        yield pair
 
 
 def fine(vmm: Process, stub: Stub) -> None:
@@ -273,6 +317,45 @@ def test_a_step_leaves_the_breakpoint_that_it_begins_at(stopped: tuple[Process, 
     assert stub.ask(b"s") == b"T05thread:1;"
     assert stub.ask(b"p10") != rip
     fine(vmm, stub)
+
+
+def test_ctrl_c_between_two_steps_stops_the_next(stopped: tuple[Process, Stub]) -> None:
+    vmm, stub = stopped
+    assert stub.ask(b"s") == b"T05thread:1;"
+    stub.line.sendall(b"\x03")
+    assert stub.ask(b"c") == b"T02thread:1;"
+    assert stub.ask(b"c") == b"W00"
+    assert vmm.wait(20) == 0
+
+
+def test_ctrl_c_right_behind_a_packet_is_not_lost(stopped: tuple[Process, Stub]) -> None:
+    vmm, stub = stopped
+    stub.line.sendall(b"$c#63\x03")
+    assert stub.answer() == b"T02thread:1;"
+    assert stub.ask(b"c") == b"W00"
+    assert vmm.wait(20) == 0
+
+
+def test_ring_3_is_stepped_or_refused_in_one_line(guest: Guest) -> None:
+    """But never passed over in silence. What runs there jumps to itself."""
+    built = guest("crash")
+    (user_call,) = addresses(built.image, "user_call")
+    with standing(built.vmm, "--append=case=read_from_ring_3", built.image) as (_, stub):
+        assert stub.ask(b"Z0,%x,1" % user_call) == b"OK"
+        assert stub.ask(b"c") == b"T05thread:1;"
+        assert stub.ask(b"z0,%x,1" % user_call) == b"OK"
+        entry = stub.ask(b"p5")
+        assert stub.ask(b"M%x,2:ebfe" % int.from_bytes(bytes.fromhex(entry.decode()), "little")) == b"OK"
+        while stub.ask(b"p10") != entry:
+            stub.send(b"c")
+            select.select([stub.line], [], [], 0.01)  # the guest goes on meanwhile, and has nothing to say
+            stub.line.sendall(b"\3")
+            assert stub.answer() == b"T02thread:1;"
+        answer = stub.ask(b"s")
+        if answer != b"T05thread:1;":
+            assert b"this machine's KVM cannot step through ring 3" in bytes.fromhex(answer[1:].decode())
+            assert stub.answer() == b"T02thread:1;"
+        assert stub.ask(b"p10") == entry
 
 
 def test_huge_sizes_and_offsets_are_cut(stopped: tuple[Process, Stub]) -> None:
@@ -346,22 +429,28 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def as_sent(value: int) -> str:
+    return value.to_bytes(8, "little").hex()
+
+
 @pytest.mark.parametrize("name", ENGINES)
-def test_breakpoints_and_steps_work_on_each_engine(
+def test_what_make_debug_needs_works_on_each_engine(
     name: str, engines: dict[str, Engine], client: Path, build: Path
 ) -> None:
-    if name not in engines:
-        pytest.skip(f"this session has no {name}: --engines={','.join(ENGINES)}")
-    image = build / "tests" / "hello.elf"
-    symbols = subprocess.run(["nm", image], capture_output=True, text=True, check=True).stdout
-    (address,) = (int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith(" pvh_entry.long_mode"))
-    # mov eax, KERNEL_DATA; mov ds, eax
-    packets = [f"Z0,{address:x},1", "c", "p10", f"z0,{address:x},1", "s", "p10", "s", "p10", "m7fff00000000,1", "c"]
-    rips = [(address + size).to_bytes(8, "little").hex() for size in (0, 5, 7)]
-    answers = ["OK", "T05thread:1;", rips[0], "OK", "T05thread:1;", rips[1], "T05thread:1;", rips[2], "E01", "W00"]
+    image = build / "tests" / "crash.elf"
+    entry, leave = addresses(image, "pvh_entry.long_mode", "guest_exit")
+    stopped, interrupted, rip, rdi = "T05thread:1;", "T02thread:1;", "10", "5"
+    asked = [
+        *[(f"Z0,{entry:x},1", "OK"), ("c", stopped), (f"p{rip}", as_sent(entry)), (f"z0,{entry:x},1", "OK")],
+        # mov eax, KERNEL_DATA; mov ds, eax
+        *[(f"m{entry:x},7", "b8100000008ed8"), ("s", stopped), (f"p{rip}", as_sent(entry + 5)), ("p0", as_sent(0x10))],
+        *[("s", stopped), (f"p{rip}", as_sent(entry + 7))],
+        *[("M700000,2:1234", "OK"), ("m700000,2", "1234"), ("m7fff00000000,1", "E01")],
+        # The guest prints, and loops; from there on it is led to its end.
+        *[("c!", interrupted), (f"P{rdi}={as_sent(0)}", "OK"), (f"P{rip}={as_sent(leave)}", "OK"), ("c", "W00")],
+    ]
     files = {"client": client, "vmm": build / "vmm" / "vmm", "image.elf": image}
-    command = ["./client", *packets, "--", "./vmm", "--gdb=gdb.socket", "image.elf"]
-    outcome = engines[name].run(Job(command, files))
-    expected = "".join(f"{packet} {answer}\n" for packet, answer in zip(packets, answers, strict=True))
-    assert expected in outcome.output.decode().replace("hello from seed 0 with 16 MiB\n", ""), outcome
+    vmm = ["./vmm", "--gdb=gdb.socket", "--append=case=hang_with_interrupts_on", "image.elf"]
+    outcome = of_session(engines, name).run(Job(["./client", *(packet for packet, _ in asked), "--", *vmm], files))
+    assert outcome.output.decode().splitlines() == [f"{packet} {answer}" for packet, answer in asked], outcome
     assert outcome.status == 0, outcome

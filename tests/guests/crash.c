@@ -231,6 +231,7 @@ static void hang_with_interrupts_off(void) {
 }
 
 static void hang_with_interrupts_on(void) {
+    printf("hanging\n");
     __asm__ volatile("sti");
     for (;;)
         ;

@@ -4,7 +4,8 @@
  *     gdb_client PACKET... -- VMM ARGUMENT...
  *
  * Starts the VMM with --gdb=SOCKET, sends the packets one after the other, and prints each with its answer. An
- * answer with O, which is text for a person, is passed over.
+ * answer with O, which is text for a person, is passed over. After "c!" it sends c, and Ctrl-C as soon as the
+ * guest has printed something. What the guest prints is shown nowhere.
  */
 #include <signal.h>
 #include <stdint.h>
@@ -17,6 +18,9 @@
 #include <unistd.h>
 
 #define SOCKET "gdb.socket"
+#define CONTINUE_AND_INTERRUPT "c!"
+
+static int console; /* what the guest prints */
 
 static void fail(const char *what) {
     perror(what);
@@ -25,17 +29,20 @@ static void fail(const char *what) {
 
 /* A file can be bound before anybody listens there: the VMM says when it waits. */
 static pid_t vmm_start(char **arguments) {
-    int ends[2];
+    int ends[2], console_ends[2];
     char said[64];
-    if (pipe(ends) < 0)
+    if (pipe(ends) < 0 || pipe(console_ends) < 0)
         fail("pipe");
     pid_t child = fork();
     if (child == 0) {
         dup2(ends[1], STDERR_FILENO);
+        dup2(console_ends[1], STDOUT_FILENO);
         execv(arguments[0], arguments);
         fail(arguments[0]);
     }
     close(ends[1]);
+    close(console_ends[1]);
+    console = console_ends[0];
     if (read(ends[0], said, sizeof said) <= 0)
         fail("the VMM does not wait for gdb");
     return child;
@@ -58,6 +65,14 @@ static void packet_send(FILE *stub, const char *text) {
     for (const char *c = text; *c; c++)
         sum = (uint8_t)(sum + (uint8_t)*c);
     fprintf(stub, "$%s#%02x", text, sum);
+}
+
+static void guest_interrupt(FILE *stub) {
+    char printed[64];
+    packet_send(stub, "c");
+    if (read(console, printed, sizeof printed) <= 0)
+        fail("the guest prints nothing");
+    putc(3, stub);
 }
 
 /* False: the line is closed. */
@@ -89,7 +104,10 @@ int main(int argc, char **argv) {
     FILE *stub = stub_open();
     for (int i = 1; i < packets; i++) {
         printf("%s", argv[i]);
-        packet_send(stub, argv[i]);
+        if (strcmp(argv[i], CONTINUE_AND_INTERRUPT) == 0)
+            guest_interrupt(stub);
+        else
+            packet_send(stub, argv[i]);
         if (!answer_print(stub))
             break;
     }

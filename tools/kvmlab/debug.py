@@ -1,10 +1,12 @@
 """`make debug`: the lesson in the VMM, stopped before its first instruction, and gdb in front of it."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,9 @@ from kvmlab.lesson import Lesson, UsageError
 from kvmlab.runner import Built
 
 WAITS = b"waiting for gdb"
+# Before gdb reads the image. Of watchpoints the VMM knows nothing: gdb must step, and compare. And debuginfod has
+# nothing of a guest.
+SETTINGS = ("set confirm off", "set can-use-hw-watchpoints 0", "set debuginfod enabled off")
 ENDS = 10.0  # seconds that the VMM may take when gdb is gone
 
 
@@ -56,13 +61,39 @@ def _in_front_of(vmm: subprocess.Popen[bytes], socket: Path, image: Path) -> int
 
 
 def _gdb(commands: list[str], image: Path) -> int:
-    given = [word for command in ("set confirm off", *commands) for word in ("-ex", command)]
-    with subprocess.Popen(["gdb", "-q", *given, image]) as gdb:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [word for setting in SETTINGS for word in ("-iex", setting)]
+    given = [word for command in commands for word in ("-ex", command)]
+    with _foreground(), subprocess.Popen(["gdb", "-q", *before, *given, image]) as gdb:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return gdb.wait()
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _foreground() -> Iterator[None]:
+    """What is typed in the terminal is for us and gdb alone: make would take a Ctrl-C for its end.
+
+    Ctrl-Z would stop us and not make, and no shell would come. It is off for so long.
+    """
+    terminal = sys.stdin.fileno()
+    group = os.getpgrp()
+    if not os.isatty(terminal) or os.tcgetpgrp(terminal) != group:
+        yield
+        return
+    typed = termios.tcgetattr(terminal)
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # that we take the terminal from the background
+    os.tcsetpgrp(terminal, os.getpgrp())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    characters = [*typed[6][: termios.VSUSP], b"\0", *typed[6][termios.VSUSP + 1 :]]
+    termios.tcsetattr(terminal, termios.TCSADRAIN, [*typed[:6], characters])
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, typed)
+        os.tcsetpgrp(terminal, group)
 
 
 @contextlib.contextmanager
