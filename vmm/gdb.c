@@ -151,13 +151,15 @@ static void answer_send(void) {
 
 static void answer_begin(void) { answer.bytes[answer.length = 0] = '\0'; }
 
-/* A line that gdb shows to the person in front of it; only while the guest runs. */
-static void line_say(const char *text) {
+bool gdb_say(const char *line) {
+    if (gdb.socket < 0 || gdb.has_word)
+        return false;
     answer_begin();
     answer_add("O");
-    answer_add_hex(text, strlen(text));
+    answer_add_hex(line, strlen(line));
     answer_add_hex("\n", 1);
     answer_send();
+    return true;
 }
 
 static int hex_digit(int c) {
@@ -692,9 +694,9 @@ static void go_on(bool one_step) {
     going.in_vain = 0;
     if (!one_step || gdb.is_past || !(gdb.state.sregs.cs.dpl) || breakpoints.steps_in_ring3)
         return;
+    gdb_say("vmm: this machine's KVM cannot step through ring 3 (tests/deviations.toml): let it "
+            "run to a breakpoint");
     gdb.has_word = true;
-    line_say("vmm: this machine's KVM cannot step through ring 3 (tests/deviations.toml): let it "
-             "run to a breakpoint");
     answer_begin();
     packet_stop_reason();
 }
@@ -790,7 +792,7 @@ void gdb_stop(int signal_number, const struct kvm_regs *regs, const char *format
         va_start(arguments, format);
         vsnprintf(why, sizeof why, format, arguments);
         va_end(arguments);
-        line_say(why);
+        gdb_say(why);
     }
     answer_begin();
     packet_stop_reason();

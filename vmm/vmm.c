@@ -632,12 +632,14 @@ static void run_end(enum status status, const char *how) {
 
 /* A line for the person at the terminal, after all that the guest printed. */
 __attribute__((format(printf, 1, 2))) static void say(const char *format, ...) {
+    char line[1024];
     va_list arguments;
     fflush(stdout);
     va_start(arguments, format);
-    vfprintf(stderr, format, arguments);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    fputc('\n', stderr);
+    if (!gdb_say(line))
+        fprintf(stderr, "%s\n", line);
 }
 
 void run_stop(enum status status, const char *how) {

@@ -141,6 +141,9 @@ void gdb_after_exit(void);
 __attribute__((format(printf, 3, 4))) void gdb_stop(int signal_number, const struct kvm_regs *regs,
                                                     const char *format, ...);
 
+/* Through gdb, so that it comes before what gdb says next; only while the guest runs. */
+bool gdb_say(const char *line);
+
 bool gdb_is_there(void);
 bool gdb_has_interrupted(void);   /* Ctrl-C, and the guest has not stopped yet */
 void gdb_end(enum status status); /* the run is over */
