@@ -622,7 +622,7 @@ static void packet_register_write(const char *text) {
 static void packet_breakpoint(const char *packet) {
     const char *text = packet + 3;
     uint64_t gva, length;
-    if (packet[1] != '0' && packet[1] != '1') /* watchpoints: gdb then goes step by step */
+    if (packet[1] != '0' && packet[1] != '1') /* watchpoints: make debug has gdb go step by step */
         return;
     if (packet[2] != ',' || !number_take(&text, ",", &gva) || !number_take(&text, "", &length)) {
         answer_error(EINVAL);
