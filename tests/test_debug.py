@@ -283,7 +283,7 @@ BAD = [
     *(b"m", b"m,", b"m0", b"m0,", b"mg,1", b"m0,1x", b"m10000000000000000,1", b"mffffffffffffffff,ffffffff"),
     *(b"M", b"M0,1:", b"M0,1:0", b"M0,2:00", b"M0,1:zz", b"M0,ffffffffffffffff:00", b"Mfffffffffffff000,1:00"),
     *(b"p", b"pffffffff", b"p-1", b"P", b"P0", b"P0=", b"P0=00", b"P99=00", b"P0=zz", b"G", b"G00", b"G" + b"f" * 4000),
-    *(b"Z0", b"Z0,", b"Z0,x,1", b"z0,1", b"Z1,1"),
+    *(b"M0,1:0000", b"Z0", b"Z0,", b"Z0,x,1", b"z0,1", b"Z1,1"),
     *(b"qXfer:features:read:target.xml:", b"qXfer:features:read:target.xml:x,1", b"qXfer:features:read:target.xml:0"),
 ]
 UNKNOWN = [b"", b"!", b"qUnknown", b"QUnknown", b"vMustReplyEmpty", b"vCont;", b"vCont;x", b"Z9,0,1", b"X0,0:"]
