@@ -1,6 +1,7 @@
 """`make handout`: a student tree that works, and that holds no solution."""
 
 import filecmp
+import os
 import re
 import shutil
 import sys
@@ -10,7 +11,7 @@ import pytest
 from support import one_line
 from variants import NAMES, Region, Shown, command, git, regions
 
-from kvmlab import markers
+from kvmlab import handout, markers
 from kvmlab.plugin import ROOT
 
 pytest_plugins = ["variants"]
@@ -175,6 +176,23 @@ def test_without_git_the_tree_is_written_all_the_same_and_one_line_says_what_is_
     one_line(shown.errors, "kvmlab: it is no git repository", "`make reset` cannot work", "there is no git")
     assert files(theirs) == files(student)
     assert changed(theirs, student) == set()
+
+
+def test_git_is_asked_also_in_a_tree_that_belongs_to_somebody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, or on a volume of a cluster: git-config(1), safe.directory."""
+    tree, there = tmp_path / "tree", os.environ["PATH"]
+    tree.mkdir()
+    for words in (["init", "-q"], ["add", "-A"]):
+        (tree / "file").touch()
+        git(tree, *words)
+    (tmp_path / "git").write_text('#!/bin/sh\nGIT_TEST_ASSUME_DIFFERENT_OWNER=1 PATH=$REAL exec git "$@"\n')
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("REAL", there)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{there}")
+    assert command("git", "ls-files", folder=tree, PATH=f"{tmp_path}:{there}", REAL=there).status == 128
+    assert handout.files(tree) == ["file"]
 
 
 # ---- where it may go ----

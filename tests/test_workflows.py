@@ -97,6 +97,18 @@ def test_without_kvm_it_says_which_engine_stands_in(file: Path, tmp_path: Path) 
         assert (tmp_path / "env").read_text() == "ENGINES=svm,vmx\n"
 
 
+def test_the_classroom_does_not_grade_the_stubs_that_its_own_robot_pushes() -> None:
+    [job] = read(CLASSROOM)["jobs"].values()
+    assert job["if"] == "github.actor != 'github-classroom[bot]'"
+
+
+def test_git_reads_a_folder_that_is_not_its_users() -> None:
+    """In a container the user is root, and the folder of the checkout the runner's: git-config(1), safe.directory."""
+    commands = [step.get("run", step.get("uses")) for step in steps(COURSE)]
+    checkout = next(place for place, command in enumerate(commands) if command.startswith("actions/checkout@"))
+    assert commands[checkout + 1] == 'git config --global --add safe.directory "$GITHUB_WORKSPACE"'
+
+
 def test_the_classroom_hears_of_every_lesson() -> None:
     [reporter] = [step for step in steps(CLASSROOM) if "reporter" in step.get("uses", "")]
     names = [f"lesson-{lesson.number}" for lesson in load_all(ROOT / "lessons")]

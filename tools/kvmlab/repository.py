@@ -13,7 +13,9 @@ def git(folder: Path, *arguments: str) -> str:
     """What git says, in this folder's own repository."""
     # Of git's own variables: a hook that calls us has set some, and they name another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(folder), *arguments]
+    # Otherwise a tree of somebody else's is refused (that of root in a container, one on a volume of a cluster). Who
+    # asks has run this program from it.
+    command = ["git", "-C", str(folder), "-c", f"safe.directory={folder.resolve()}", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     except FileNotFoundError:
