@@ -45,7 +45,7 @@ reset: setup-run ## LESSON=n  the stubs of a lesson again; what was there is kep
 handout: setup-run ## DEST=dir  write the student tree, a git repository: the lessons without their solutions
 	@$(KVMLAB) handout '$(DEST)'
 
-grade: setup-grade ## SUBMISSION=path [LESSON=n] [ENGINE=e] [SEEDS=s,...] [FORMAT=f] [OUTPUT=file]  grade a folder, a tar or zip file or a git revision, in a sandbox
+grade: setup-grade ## SUBMISSION=path [LESSON=n] [ENGINE=e] [SEEDS=s,...] [FORMAT=table|json|junit|tap|gradescope|classroom|autolab] [OUTPUT=file]  grade a folder, a tar or zip file or a git revision, in a sandbox
 	@$(KVMLAB) grade --submission='$(SUBMISSION)' $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(FORMAT),--format='$(FORMAT)') $(if $(OUTPUT),--output='$(OUTPUT)')
 
 grade-all: setup-grade ## SUBMISSIONS=dir [JOBS=n] [RESULTS=dir] [LESSON=n] [ENGINE=e] [SEEDS=a,b]  grade many submissions; go on after an interruption

@@ -4,12 +4,14 @@ import base64
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from kvmlab import __main__
 from kvmlab.formats import FORMATS, FormatError, formatted, from_json, one_line, safe, shown
 from kvmlab.grades import CheckResult, Grade, LessonResult
 
@@ -28,6 +30,9 @@ HOSTILE = {
     "a megabyte of wide characters": "\U0001f600" * 250_000,
     "quotes": '"\'\\\\" \\u0000 %s {} $(id) `id`',
 }
+
+
+RERUN = "to see that run: make run LESSON=1 SEED=7"
 
 
 def grade(message: str = "expected 1\nseen     2", submission: str = "alice") -> Grade:
@@ -64,7 +69,7 @@ def test_no_text_moves_a_terminal_or_ends_a_line_where_it_should_not(name: str, 
 def test_a_long_message_is_cut_and_says_so(name: str) -> None:
     raw = text(name, "x" * 1_000_000)
     assert len(raw) < 30_000
-    if name == "github":
+    if name == "classroom":
         raw = json.dumps([result for _, result in github_results(raw)])
     assert "... and 99" in raw
 
@@ -81,6 +86,42 @@ def test_unsafe_characters_are_spelled_out_and_others_left_alone() -> None:
     assert one_line("a\n b\r\nc") == "a b\\r c"
 
 
+# ---- the command ----
+
+
+def grade_command(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    """`kvmlab grade` of a submission that is graded already."""
+    monkeypatch.setattr("kvmlab.grade.must_be_able", lambda *_: "engine: kvm")
+    monkeypatch.setattr("kvmlab.grade.grade", lambda *_: grade())
+    monkeypatch.setattr(sys, "argv", ["kvmlab", "grade", "--submission=alice", "--lesson=1", *options])
+    return __main__.main()
+
+
+def test_a_format_that_there_is_not_is_refused_with_those_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert grade_command(monkeypatch, "--format=xml") == 2
+    assert capsys.readouterr().err == f"kvmlab: FORMAT=xml: there are {', '.join(FORMATS)}\n"
+
+
+def test_a_folder_is_refused_as_output_before_anything_is_graded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert grade_command(monkeypatch, f"--output={tmp_path}") == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"kvmlab: OUTPUT={tmp_path} is a folder: name a file\n")
+
+
+def test_a_grade_that_cannot_be_written_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    assert grade_command(monkeypatch, f"--output={tmp_path}/file/grade") == 5
+    shown = capsys.readouterr()
+    assert shown.out == text("table")
+    assert shown.err.splitlines()[-1].endswith(f"'{tmp_path}/file/grade'")
+
+
 # ---- table ----
 
 
@@ -92,7 +133,7 @@ def test_the_table_shows_all_checks_and_why_one_failed() -> None:
         "  FAIL  0/3  halt is last",
         "             expected 1",
         "             seen     2",
-        "             (seed 7)",
+        "             to see that run: make run LESSON=1 SEED=7",
         "lesson 1: 2 of 5 points",
         "lesson 2: From gva to gpa: paging (svm, seeds 7)",
         "  it does not build",
@@ -189,7 +230,7 @@ def test_junit_xml_counts_what_failed_and_what_could_not_be_judged(message: str)
     failure, error = suites[0].find("testcase/failure"), suites[1].find("testcase/error")
     assert failure is not None
     assert error is not None
-    assert (failure.text, error.text) == (f"{shown(message)}\n(seed 7)", "it does not build")
+    assert (failure.text, error.text) == (f"{shown(message)}\n{RERUN}", "it does not build")
     about = [{one.attrib["name"]: one.attrib["value"] for one in suite.iter("property")} for suite in suites]
     assert about[0] == {"engine": "kvm", "seeds": "7,8", "points": "2", "total": "5"}
     assert about[1] == {"engine": "svm", "seeds": "7", "points": "0", "total": "5"}
@@ -222,7 +263,7 @@ def test_tap_is_read_by_perls_own_parser(tmp_path: Path, message: str) -> None:
     assert seen["tests"][0] == ["ok", "- lesson 1: nonce is read once (2/2)"]
     outcome, description, why, seed = seen["tests"][1]
     assert (outcome, description, seed) == ("not ok", "- lesson 1: halt is last (0/3)", "7")
-    assert why == f"{shown(message)}\n(seed 7)"
+    assert why == f"{shown(message)}\n{RERUN}"
     assert seen["tests"][2][:3] == ["not ok", "- lesson 2: tables are built (0/5)", "it does not build"]
 
 
@@ -257,7 +298,7 @@ def test_gradescope_gets_what_it_specifies(message: str) -> None:
     assert sum(test["score"] for test in data["tests"]) == data["score"]
     seen = [(test["number"], test["status"], test["score"], test["max_score"]) for test in data["tests"]]
     assert seen == [("1.1", "passed", 2, 2), ("1.2", "failed", 0, 3), ("2.1", "failed", 0, 5)]
-    assert data["tests"][1]["output"] == f"{shown(message)}\n(seed 7)"
+    assert data["tests"][1]["output"] == f"{shown(message)}\n{RERUN}"
     assert "seeds 7, 8" in data["output"]
     assert "it does not build" in data["output"]
 
@@ -280,7 +321,7 @@ def reported(results: list[Any]) -> tuple[int, int]:
 
 @hostile
 def test_github_gets_one_result_for_each_lesson_and_one_for_each_check(message: str) -> None:
-    results = dict(github_results(text("github", message)))
+    results = dict(github_results(text("classroom", message)))
     assert list(results) == ["lesson-1", "lesson-1-check-1", "lesson-1-check-2", "lesson-2", "lesson-2-check-1"]
     for result in results.values():
         assert result.keys() == {"version", "status", "max_score", "tests"}
@@ -299,7 +340,7 @@ def test_github_gets_one_result_for_each_lesson_and_one_for_each_check(message: 
 def test_a_result_for_github_fits_into_an_environment_variable() -> None:
     checks = [CheckResult(f"check_{i}", 1, False, "\U0001f600" * 100_000) for i in range(40)]
     big = Grade("big", [LessonResult(1, "01-big", "Big", "kvm", [1], checks)])
-    longest = max(len(line) for line in formatted(big, "github").splitlines())
+    longest = max(len(line) for line in formatted(big, "classroom").splitlines())
     assert longest < 128 * 1024
 
 
@@ -324,6 +365,6 @@ def test_autolab_finds_scores_in_the_last_line_and_feedback_before_it(message: s
         assert all(isinstance(case, dict) and not name.startswith("_") for name, case in feedback[stage].items())
     assert feedback["01-vm-exit"] == {
         "nonce is read once (2/2)": {"passed": True},
-        "halt is last (0/3)": {"passed": False, "hint": f"{shown(message)}\n(seed 7)"},
+        "halt is last (0/3)": {"passed": False, "hint": f"{shown(message)}\n{RERUN}"},
     }
     assert output.startswith("submission: alice")

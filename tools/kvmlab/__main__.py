@@ -194,22 +194,28 @@ def _grade(arguments: argparse.Namespace) -> int:
 
     if not arguments.submission:
         raise UsageError("whose? say SUBMISSION=path, a folder, a tar or zip file, or a revision of git")
-    folder = Path("lessons").absolute()  # the trusted tree's
-    chosen = [lessons.find(folder, arguments.lesson)] if arguments.lesson else lessons.load_all(folder)
+    chosen = _graded_lessons(arguments)
+    if arguments.output and arguments.output.is_dir():
+        raise UsageError(f"OUTPUT={arguments.output} is a folder: name a file")
     seeds = arguments.seeds or [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)]
     print(grade.must_be_able(chosen, arguments.engine), file=sys.stderr)
     print(f"to see the same again: SEEDS={','.join(map(str, seeds))}", file=sys.stderr, flush=True)
     graded = grade.grade(arguments.submission, chosen, arguments.engine, seeds)
     text = formats.formatted(graded, arguments.format)
-    if arguments.output:
-        whole_file.write(arguments.output, text)
-    else:
+    if not arguments.output:
         print(text, end="")
+        return 0 if graded.points == graded.total else 1
+    try:
+        whole_file.write(arguments.output, text)
+    except OSError:
+        print(text, end="")  # that it took minutes to find out
+        raise
     return 0 if graded.points == graded.total else 1
 
 
-def _seeds(text: str) -> list[int]:
-    return [_seed(each) for each in text.split(",")]
+def _graded_lessons(arguments: argparse.Namespace) -> list[Lesson]:
+    folder = Path("lessons").absolute()  # the trusted tree's
+    return [lessons.find(folder, arguments.lesson)] if arguments.lesson else lessons.load_all(folder)
 
 
 def _gradescope(arguments: argparse.Namespace) -> int:
@@ -252,13 +258,13 @@ def _work(arguments: argparse.Namespace) -> "grade_all.Work":
     return grade_all.Work(Path(arguments.submissions), arguments.results, (*grade_all.GRADER, *options))
 
 
-def _seed(text: str) -> int:
+def _seed(text: str, name: str = "SEED") -> int:
     try:
         seed = int(text, 0)
     except ValueError:
         seed = -1
     if not 0 <= seed < 1 << 64:
-        raise UsageError(f"SEED={text}: expected a number from 0 to {(1 << 64) - 1}")
+        raise UsageError(f"{name}={text}: expected a number from 0 to {(1 << 64) - 1}")
     return seed
 
 
@@ -270,6 +276,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+def _seeds(text: str) -> list[int]:
+    return [_seed(each, "SEEDS") for each in text.split(",")]
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"JOBS={text}: expected a number from 1 on")
+    return int(text)
+
+
+def _format(text: str) -> str:
+    if text not in formats.FORMATS:
+        raise UsageError(f"FORMAT={text}: there are {', '.join(formats.FORMATS)}")
+    return text
+
+
     parser = _Parser(prog="kvmlab", description=__doc__)
     parser.add_argument("--lessons", type=Path, default=Path("lessons"))
     parser.add_argument("--build", type=Path, default=Path("build"))
@@ -301,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--lesson", default="")
     command.add_argument("--engine", default="auto")
     command.add_argument("--seeds", type=_seeds)
-    command.add_argument("--format", default="table", choices=list(formats.FORMATS))
+    command.add_argument("--format", default="table", type=_format)
     command.add_argument("--output", type=Path)
     commands.add_parser("list").set_defaults(function=_list)
     command = commands.add_parser("handout")
@@ -334,7 +356,8 @@ def main() -> int:
     except CannotRun as error:
         return _said(error, 77)
     except OSError as error:
-        where = f" (temporary files are in {tempfile.gettempdir()})" if error.errno == errno.ENOSPC else ""
+        is_temporary = error.errno == errno.ENOSPC and not error.filename
+        where = f" (temporary files are in {tempfile.gettempdir()})" if is_temporary else ""
         return _said(f"{error}{where}", 5)
     except KeyboardInterrupt:
         return _said("interrupted", 128 + signal.SIGINT)

@@ -55,7 +55,12 @@ def _why(lesson: LessonResult, check: CheckResult) -> str:
     """All there is to say of a check that failed."""
     if lesson.problem:
         return lesson.problem
-    return "\n".join(line for line in (check.message, f"(seed {check.seed})") if line)
+    return "\n".join(line for line in (check.message, rerun(lesson, check)) if line)
+
+
+def rerun(lesson: LessonResult, check: CheckResult) -> str:
+    """What a student types to see what the grader saw."""
+    return f"to see that run: make run LESSON={lesson.number} SEED={check.seed}"
 
 
 # ---- for people ----
@@ -198,7 +203,7 @@ def gradescope(grade: Grade) -> str:
     return json.dumps({"score": grade.points, **how, "output": "\n".join(runs), "tests": tests}, indent=1) + "\n"
 
 
-def github(grade: Grade) -> str:
+def classroom(grade: Grade) -> str:
     """Results for the autograding-grading-reporter of GitHub Classroom, in the form that its graders give them
     (autograding-command-grader: JSON in base64), as lines for $GITHUB_OUTPUT: one for each lesson, `lesson-1`, and
     one for each check, `lesson-1-check-1`. Report either those or these: the reporter adds up what it gets.
@@ -257,11 +262,11 @@ FORMATS: dict[str, Callable[[Grade], str]] = {
     "junit": junit,
     "tap": tap,
     "gradescope": gradescope,
-    "github": github,
+    "classroom": classroom,
     "autolab": autolab,
 }
 
 
 def formatted(grade: Grade, name: str) -> str:
     """The grade in one of FORMATS. It can be written as UTF-8, and where it is one of JSON, as ASCII."""
-    return FORMATS[name](safe(grade, LONGEST_ON_GITHUB if name == "github" else LONGEST))
+    return FORMATS[name](safe(grade, LONGEST_ON_GITHUB if name == "classroom" else LONGEST))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from html import escape
 
-from kvmlab.formats import one_line, safe
+from kvmlab.formats import one_line, rerun, safe
 from kvmlab.grades import CheckResult, Grade, LessonResult
 
 _STYLE = """
@@ -40,12 +40,12 @@ def _lesson(lesson: LessonResult) -> Iterator[str]:
     if lesson.problem:
         yield f"<pre>{escape(lesson.problem)}</pre>"
     yield "<table>"
-    yield from (_check(check) for check in lesson.checks)
+    yield from (_check(lesson, check) for check in lesson.checks)
     yield "</table>"
 
 
-def _check(check: CheckResult) -> str:
+def _check(lesson: LessonResult, check: CheckResult) -> str:
     verdict = "pass" if check.passed else "FAIL"
-    why = f"<pre>{escape(check.message)}\n(seed {check.seed})</pre>" if check.message else ""
+    why = f"<pre>{escape(check.message)}\n{rerun(lesson, check)}</pre>" if check.message else ""
     cells = [f'<td class="{verdict}">{verdict}</td>', f"<td>{check.points}/{check.worth}</td>"]
     return f"<tr>{''.join(cells)}<td>{escape(check.title)}{why}</td></tr>"

@@ -7,6 +7,13 @@ from pathlib import Path
 
 def write(file: Path, text: str) -> None:
     """All of it or nothing, whatever interrupts us."""
+    try:
+        _write(file, text)
+    except OSError as error:  # which names a temporary file, or none
+        raise OSError(error.errno, error.strerror, str(file)) from None
+
+
+def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False, encoding="utf-8") as new:
         try:
