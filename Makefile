@@ -51,8 +51,8 @@ grade: setup-grade ## SUBMISSION=path [LESSON=n] [ENGINE=e] [SEEDS=s,...] [FORMA
 grade-all: setup-grade ## SUBMISSIONS=dir [JOBS=n] [RESULTS=dir] [LESSON=n] [ENGINE=e] [SEEDS=a,b]  grade many submissions; go on after an interruption
 	@$(KVMLAB) grade-all '$(SUBMISSIONS)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(RESULTS),--results='$(RESULTS)') $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)')
 
-gradescope: setup-svm ## the autograder for Gradescope, as build/gradescope.zip
-	@$(KVMLAB) gradescope
+gradescope: setup-svm ## [LESSON=n]  the autograder for Gradescope, as build/gradescope.zip
+	@$(KVMLAB) gradescope $(if $(LESSON),--lesson='$(LESSON)')
 
 test: setup-test setup-svm setup-vmx ## [ENGINE=kvm,svm,vmx]  everything that must hold before a change lands
 	@$(MAKE) --no-print-directory -s -j2 build-all build-asan

@@ -15,7 +15,7 @@ from kvmlab.plugin import ROOT
 STAND_IN = """
 import sys
 options = dict(word.split("=", 1) for word in sys.argv[2:])
-assert sys.argv[1] == "grade" and options["--format"] == "gradescope"
+assert sys.argv[1] == "grade" and options["--format"] == "gradescope" and options["--lesson"] == "01-vm-exit"
 print("for the instructor")
 told = open(options["--submission"] + "/told").read()
 if told == "crash":
@@ -32,8 +32,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cache" / "packages" / "linux-image-6.1_1_amd64.deb").write_text("a kernel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVMLAB_CACHE", str(folder / "cache"))
-        gradescope.write(ROOT, folder / "one.zip")
-        gradescope.write(ROOT, folder / "two.zip")
+        gradescope.write(ROOT, folder / "one.zip", "01-vm-exit")
+        gradescope.write(ROOT, folder / "two.zip", "01-vm-exit")
     return folder / "one.zip"
 
 

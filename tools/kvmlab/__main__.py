@@ -222,7 +222,8 @@ def _gradescope(arguments: argparse.Namespace) -> int:
     from kvmlab import gradescope
 
     file = arguments.build / "gradescope.zip"
-    gradescope.write(Path.cwd(), file)
+    lesson = lessons.find(arguments.lessons, arguments.lesson).name if arguments.lesson else ""
+    gradescope.write(Path.cwd(), file, lesson)
     print(f"the autograder for Gradescope is {file}")
     return 0
 
@@ -329,7 +330,9 @@ def _format(text: str) -> str:
     command = commands.add_parser("handout")
     command.set_defaults(function=_handout)
     command.add_argument("destination", nargs="?")
-    commands.add_parser("gradescope").set_defaults(function=_gradescope)
+    command = commands.add_parser("gradescope")
+    command.set_defaults(function=_gradescope)
+    command.add_argument("--lesson", default="")
     for name, function in {"grade-all": _grade_all, "grade-item": _grade_item}.items():
         command = commands.add_parser(name)
         command.set_defaults(function=function)

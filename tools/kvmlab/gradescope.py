@@ -13,8 +13,9 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 _SCRIPTS = ("setup.sh", "run_autograder")
 
 
-def write(source: Path, destination: Path) -> None:
-    """setup.sh and run_autograder at the root, the trusted tree under kvmlab/, with the kernel for svm."""
+def write(source: Path, destination: Path, lesson: str) -> None:
+    """setup.sh and run_autograder at the root, with the name of the lesson, if it is to be one alone; the trusted tree
+    under kvmlab/, with the kernel for svm."""
     content = {name: source / "tools" / "gradescope" / name for name in _SCRIPTS}
     content |= {f"kvmlab/{path}": source / path for path in files(source)}
     content |= {f"kvmlab/build/engines/packages/{path.name}": path for path in cache.folder().glob("packages/*.deb")}
@@ -22,13 +23,14 @@ def write(source: Path, destination: Path) -> None:
     new = destination.with_name(f".{destination.name}.new")
     with zipfile.ZipFile(new, "w") as archive:
         for name in sorted(content):
-            _add(archive, name, content[name])
+            is_program = bool(content[name].stat().st_mode & stat.S_IXUSR)
+            _add(archive, name, content[name].read_bytes(), is_program)
+        _add(archive, "lesson", lesson.encode())
     os.replace(new, destination)
 
 
-def _add(archive: zipfile.ZipFile, name: str, file: Path) -> None:
+def _add(archive: zipfile.ZipFile, name: str, content: bytes, is_program: bool = False) -> None:
     entry = zipfile.ZipInfo(name, _TIME)
-    mode = 0o755 if file.stat().st_mode & stat.S_IXUSR else 0o644
-    entry.external_attr = (stat.S_IFREG | mode) << 16
+    entry.external_attr = (stat.S_IFREG | (0o755 if is_program else 0o644)) << 16
     entry.compress_type = zipfile.ZIP_DEFLATED
-    archive.writestr(entry, file.read_bytes())
+    archive.writestr(entry, content)
