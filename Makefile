@@ -48,7 +48,7 @@ handout: setup-run ## DEST=dir  write the student tree, a git repository: the le
 grade: setup-grade ## SUBMISSION=path [LESSON=n] [ENGINE=e] [SEEDS=s,...] [FORMAT=table|json|junit|tap|gradescope|classroom|autolab] [OUTPUT=file]  grade a folder, a tar or zip file or a git revision, in a sandbox
 	@$(KVMLAB) grade --submission='$(SUBMISSION)' $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)') $(if $(FORMAT),--format='$(FORMAT)') $(if $(OUTPUT),--output='$(OUTPUT)')
 
-grade-all: setup-grade ## SUBMISSIONS=dir [JOBS=n] [RESULTS=dir] [LESSON=n] [ENGINE=e] [SEEDS=a,b]  grade many submissions; go on after an interruption
+grade-all: setup-grade ## SUBMISSIONS=dir [JOBS=n] [RESULTS=dir] [LESSON=n] [ENGINE=e] [SEEDS=s,...]  grade many submissions; go on after an interruption
 	@$(KVMLAB) grade-all '$(SUBMISSIONS)' $(if $(JOBS),--jobs='$(JOBS)') $(if $(RESULTS),--results='$(RESULTS)') $(if $(LESSON),--lesson='$(LESSON)') $(if $(ENGINE),--engine='$(ENGINE)') $(if $(SEEDS),--seeds='$(SEEDS)')
 
 gradescope: setup-svm ## [LESSON=n]  the autograder for Gradescope, as build/gradescope.zip

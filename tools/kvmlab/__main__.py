@@ -231,8 +231,6 @@ def _gradescope(arguments: argparse.Namespace) -> int:
 def _grade_all(arguments: argparse.Namespace) -> int:
     from kvmlab import grade_all
 
-    if arguments.jobs < 1:
-        raise UsageError(f"JOBS={arguments.jobs}: expected a number from 1 on")
     results = grade_all.grade_all(_work(arguments), arguments.jobs)
     bad = [result for result in results if not result.grade]
     print(f"{len(results)} submissions, {len(bad)} of them without a grade; points: {arguments.results}/points.csv")
@@ -250,13 +248,22 @@ def _grade_item(arguments: argparse.Namespace) -> int:
 
 
 def _work(arguments: argparse.Namespace) -> "grade_all.Work":
-    from kvmlab import grade_all
+    from kvmlab import grade, grade_all
 
     if not arguments.submissions:
         raise UsageError("which submissions? say SUBMISSIONS=dir, as in: make grade-all SUBMISSIONS=../handed-in")
-    arguments.results = arguments.results or arguments.build / "grades"
-    options = [f"--{name}={vars(arguments)[name]}" for name in ("lesson", "engine", "seeds") if vars(arguments)[name]]
-    return grade_all.Work(Path(arguments.submissions), arguments.results, (*grade_all.GRADER, *options))
+    submissions = Path(arguments.submissions)
+    arguments.results = arguments.results or Path(f"{submissions.resolve()}-grades")
+    chosen = _graded_lessons(arguments)
+    seeds = ",".join(map(str, arguments.seeds or []))
+    given = {"lesson": chosen[0].name if arguments.lesson else "", "engine": arguments.engine, "seeds": seeds}
+    options = [f"--{name}={value}" for name, value in given.items() if value]
+    course = grade_all.digest_of_course(Path.cwd())
+    work = grade_all.Work(submissions, arguments.results, (*grade_all.GRADER, *options), course)
+    # What no grader could do is to be said once, not for each submission.
+    work.items()
+    print(grade.must_be_able(chosen, arguments.engine or "auto"), flush=True)
+    return work
 
 
 def _seed(text: str, name: str = "SEED") -> int:
@@ -269,14 +276,6 @@ def _seed(text: str, name: str = "SEED") -> int:
     return seed
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; make help lists the commands")
-
-
-def _parser() -> argparse.ArgumentParser:
 def _seeds(text: str) -> list[int]:
     return [_seed(each, "SEEDS") for each in text.split(",")]
 
@@ -293,6 +292,14 @@ def _format(text: str) -> str:
     return text
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; make help lists the commands")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvmlab", description=__doc__)
     parser.add_argument("--lessons", type=Path, default=Path("lessons"))
     parser.add_argument("--build", type=Path, default=Path("build"))
@@ -339,11 +346,12 @@ def _format(text: str) -> str:
         if name == "grade-item":
             command.add_argument("index", type=int, help="in sorted order, from 0 on")
         else:
-            command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+            command.add_argument("--jobs", type=_jobs, default=os.cpu_count() or 1)
         command.add_argument("submissions", nargs="?")
         command.add_argument("--results", type=Path)
-        for option in ("--lesson", "--engine", "--seeds"):
-            command.add_argument(option, default="")
+        command.add_argument("--lesson", default="")
+        command.add_argument("--engine", default="")
+        command.add_argument("--seeds", type=_seeds)
     return parser
 
 

@@ -1,7 +1,8 @@
 """Many submissions: graded side by side, each by a grader of its own, and kept so that nothing is graded twice.
 
 A folder of results has `grades/`, one file for each submission, then `points.csv` and `pages/`, which are made of
-those. Machines that share both folders can each grade some: an item is a submission's place in sorted order.
+those; all of them were graded with the same options. Machines that share both folders can each grade some: an item is
+a submission's place in sorted order.
 """
 
 import contextlib
@@ -23,9 +24,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
-from kvmlab import whole_file
+from kvmlab import handout, whole_file
 from kvmlab.formats import FormatError, formatted, from_json, one_line
 from kvmlab.grades import Grade
 from kvmlab.lesson import UsageError
@@ -45,11 +46,18 @@ class Work:
     submissions: Path
     results: Path
     grader: tuple[str, ...] = GRADER  # with the options that hold for all submissions
+    course: str = ""  # the digest of what they are graded by: digest_of_course()
+
+    @property
+    def options(self) -> str:
+        """As the user has said them."""
+        words = (option.removeprefix("--").partition("=") for option in self.grader[len(GRADER) :])
+        return " ".join(f"{name.upper()}={value}" for name, _, value in words)
 
     def items(self) -> list[Path]:
         """In sorted order, as `ls` counts them: what is hidden is none."""
         if not self.submissions.is_dir():
-            raise UsageError(f"{self.submissions} is no folder: SUBMISSIONS=dir names one with a submission each")
+            raise UsageError(f"{self.submissions} is no folder: SUBMISSIONS=dir names one that holds the submissions")
         if self.results.resolve().is_relative_to(self.submissions.resolve()):
             raise UsageError(f"{self.results} lies among the submissions: name another folder with RESULTS=dir")
         found = sorted(path for path in self.submissions.iterdir() if not path.name.startswith("."))
@@ -66,9 +74,10 @@ class Result:
     """What came of one submission: a grade or a problem."""
 
     name: str
-    digest: str
     grade: Grade | None = None
     problem: str = ""
+    digest: str = ""  # of the submission and of the course,
+    options: str = ""  # and what the grader was told
 
     def __str__(self) -> str:
         outcome = f"{self.grade.points} of {self.grade.total} points" if self.grade else self.problem
@@ -82,6 +91,8 @@ class Stopped(Exception):
 def grade_all(work: Work, jobs: int) -> list[Result]:
     """Grade what has not been graded yet, and write points and pages of all."""
     items = work.items()
+    for item in items:  # before the first is graded
+        _kept(work, item)
     results: dict[Path, Result] = {}
     progress = Progress(len(items))
     with _running() as graders, ThreadPoolExecutor(jobs) as pool:
@@ -114,16 +125,15 @@ def grade_one(work: Work, index: int) -> Result:
 
 def grade_item(work: Work, submission: Path, graders: "Graders") -> Result:
     """The result that is there, if the submission is still the same; a grader that crashed is tried again."""
-    file = work.file("grades", submission, ".json")
     try:
-        digest = _digest(submission, work.grader[len(GRADER) :])
+        digest = _digest(submission, work.course)
     except OSError as error:
-        return Result(submission.name, "", problem=one_line(f"it cannot be read: {error}"))
-    kept = _kept(file)
+        return Result(submission.name, problem=one_line(f"it cannot be read: {error}"))
+    kept = _kept(work, submission)
     if kept and kept.digest == digest and kept.grade:
         return kept
-    result = dataclasses.replace(_graded(work, submission, graders), digest=digest)
-    whole_file.write(file, _as_json(result))
+    result = dataclasses.replace(_graded(work, submission, graders), digest=digest, options=work.options)
+    whole_file.write(work.file("grades", submission, ".json"), _as_json(result))
     return result
 
 
@@ -138,22 +148,26 @@ class Graders:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
 
-    def run(self, command: list[str], said: IO[bytes]) -> int:
-        """The exit status. In a process group of its own, so that it can be ended with all that it started."""
+    def run(self, command: list[str], scratch: Path, said: IO[bytes]) -> int | None:
+        """The exit status; None if it took too long. In a process group of its own, so that it can be ended with all
+        that it started; what it leaves then lies in scratch."""
+        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said, "process_group": 0}
         with self._lock:
             if self._stopped:
                 raise Stopped
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, process_group=0)
+            process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(scratch)}, **how)
             self._running.add(process)
+        is_late = False
         try:
             process.wait(TOO_LONG)
         except subprocess.TimeoutExpired:
+            is_late = True
             _end(process)
         with self._lock:
             self._running.remove(process)
             if self._stopped:
                 raise Stopped
-        return process.returncode
+        return None if is_late else process.returncode
 
     def stop(self) -> None:
         with self._lock:
@@ -191,24 +205,29 @@ def _running() -> Iterator[Graders]:
 
 
 def _graded(work: Work, submission: Path, graders: Graders) -> Result:
-    with tempfile.TemporaryDirectory(prefix="kvmlab-grade-") as scratch, tempfile.TemporaryFile() as said:
+    # A compiler that was not ended yet may still write there.
+    folder = tempfile.TemporaryDirectory(prefix="kvmlab-grade-", ignore_cleanup_errors=True)
+    with folder as scratch, tempfile.TemporaryFile() as said:
         output = Path(scratch) / "grade.json"
         ask = [f"--submission={submission}", "--format=json", f"--output={output}"]
-        status = graders.run([*work.grader, *ask], said)
+        status = graders.run([*work.grader, *ask], Path(scratch), said)
         try:
             grade = from_json(output.read_bytes())
         except (FormatError, OSError) as error:
-            return Result(submission.name, "", problem=_problem(status, error, said))
-    return Result(submission.name, "", dataclasses.replace(grade, submission=submission.name))
+            return Result(submission.name, problem=_problem(status, error, said))
+    return Result(submission.name, dataclasses.replace(grade, submission=submission.name))
 
 
-def _problem(status: int, error: Exception, said: IO[bytes]) -> str:
-    """What is wrong with what the grader wrote, or, where it wrote nothing, the last that it said."""
+def _problem(status: int | None, error: Exception, said: IO[bytes]) -> str:
+    """What is wrong with what the grader wrote, or, where it gave up by itself, the last that it said."""
+    if status is None:
+        return f"the grader was ended: it took longer than {TOO_LONG / 60:.0f} minutes"
+    if status < 0:
+        return f"the grader was ended by {signal.Signals(-status).name}"
     said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
     lines = said.read().decode(errors="surrogateescape").splitlines()
-    how = f"signal {-status}" if status < 0 else f"status {status}"
     why = str(error) if isinstance(error, FormatError) else lines[-1] if lines else "it wrote no grade"
-    return one_line(f"the grader ended with {how}: {why}")
+    return one_line(f"the grader ended with status {status}: {why}")
 
 
 # ---- results ----
@@ -220,18 +239,32 @@ def _file_name(name: str) -> str:
     return safe if len(safe) <= 200 else safe[:150] + "%" + hashlib.sha256(safe.encode()).hexdigest()
 
 
-def _digest(submission: Path, options: tuple[str, ...]) -> str:
-    """Of all that the grader is given: names, kinds and contents, and the options."""
-    digest = hashlib.sha256(repr(options).encode())
+def digest_of_course(tree: Path) -> str:
+    """Of what decides, with the submission, on its points: the lessons and all that they are built of."""
+    parts = ("Makefile", "guest/", "include/", "lessons/", "vmm/")
+    digest = hashlib.sha256()
+    for name in sorted(handout.files(tree)):
+        if name.startswith(parts) and not name.endswith(".md"):
+            digest.update(repr(name).encode() + _digest_of_file(tree / name))
+    return digest.hexdigest()
+
+
+def _digest(submission: Path, course: str) -> str:
+    """Of all that the grader is given: names, kinds and contents."""
+    digest = hashlib.sha256(course.encode())
     for path in _files(submission):
         status = path.lstat() if path != submission else path.stat()
         digest.update(repr((os.fsencode(path.relative_to(submission)), stat.S_IFMT(status.st_mode))).encode())
         if stat.S_ISLNK(status.st_mode):
             digest.update(repr(os.readlink(path)).encode())
         elif stat.S_ISREG(status.st_mode):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(_digest_of_file(path))
     return digest.hexdigest()
+
+
+def _digest_of_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _files(submission: Path) -> Iterator[Path]:
@@ -251,33 +284,43 @@ def _as_json(result: Result) -> str:
     return json.dumps(vars(result) | {"grade": grade}, indent=1) + "\n"
 
 
-def _kept(file: Path) -> Result | None:
-    """What is no result, or one of another version, is not there."""
+def _kept(work: Work, submission: Path) -> Result | None:
+    """What is no result, or one of another version, is not there. One of other options is not ours to replace."""
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(work.file("grades", submission, ".json").read_bytes())
         grade = from_json(json.dumps(data["grade"])) if data["grade"] else None
-        return Result(data["name"], data["digest"], grade, data["problem"])
+        kept = Result(data["name"], grade, data["problem"], data["digest"], data["options"])
     except (OSError, ValueError, KeyError, TypeError, FormatError):
         return None
+    if kept.options != work.options:
+        there, wanted = (options or "no LESSON, ENGINE or SEEDS" for options in (kept.options, work.options))
+        why = f"{work.results} has grades of {there}, not of {wanted}"
+        raise UsageError(one_line(f"{why}: name another folder with RESULTS=dir, or remove it"))
+    return kept
 
 
 # ---- points ----
 
+_ARCHIVE = re.compile(r"(?<=.)\.(zip|tar(\.\w+)?|tgz|tbz2?|txz)$", re.IGNORECASE)
+
 
 def points(results: list[Result]) -> str:
-    """A row for each submission, a column for each lesson. A submission without a grade has no points, not 0."""
+    """A row for each submission, a column for each lesson. A submission without a grade has no points, not 0. A
+    gradebook finds the student by the submission's name, without what an archive's ends in."""
     numbers = {lesson.name: lesson.number for result in results if result.grade for lesson in result.grade.lessons}
     lessons = sorted(numbers, key=lambda name: numbers[name])
     text = io.StringIO()
     rows = csv.writer(text)
-    rows.writerow(["submission", *lessons, "points", "total", "problem"])
+    rows.writerow(["student", *lessons, "points", "total", "seeds", "submission", "problem"])
     for result in results:
         of_lesson = {lesson.name: lesson for lesson in result.grade.lessons} if result.grade else {}
         cells = [of_lesson[name].points if name in of_lesson else "" for name in lessons]
         sums: tuple[object, object] = (result.grade.points, result.grade.total) if result.grade else ("", "")
         problems = [f"{lesson.name}: {lesson.problem}" for lesson in of_lesson.values() if lesson.problem]
         why = "; ".join([result.problem] if result.problem else problems)
-        rows.writerow([_cell(result.name), *cells, *sums, _cell(why)])
+        seeds = ",".join(map(str, next((lesson.seeds for lesson in of_lesson.values()), [])))
+        student = _ARCHIVE.sub("", result.name)
+        rows.writerow([_cell(student), *cells, *sums, seeds, _cell(result.name), _cell(why)])
     return text.getvalue()
 
 
