@@ -19,30 +19,41 @@ JOB = ROOT / "tools" / "cluster" / "job.yaml"
 # ---- Slurm ----
 
 
-def task(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+def task(*arguments: object, cwd: Path = ROOT, number: str = "") -> subprocess.CompletedProcess[str]:
     """As Slurm runs a task: a copy of the script, in the folder where sbatch was called."""
     command = ["bash", "-s", "--", *map(str, arguments)]
-    environment = {"PATH": os.environ["PATH"], **variables}
+    environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": number}
     with SLURM.open() as script:
         return subprocess.run(
-            command, stdin=script, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+            command, stdin=script, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=60
         )
 
 
 def test_a_task_of_slurm_grades_the_submission_of_its_number(tmp_path: Path) -> None:
     (tmp_path / "submissions" / "alice").mkdir(parents=True)
-    done = task(tmp_path / "submissions", tmp_path / "results", SLURM_ARRAY_TASK_ID="1")
+    done = task(tmp_path / "submissions", tmp_path / "results", number="1")
     assert done.returncode == 2
     one_line(done.stderr, "there is no submission 1: they are numbered from 0 to 0")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "variables"), [((), {"SLURM_ARRAY_TASK_ID": "0"}), (("a",), {"SLURM_ARRAY_TASK_ID": "0"})]
-)
-def test_a_task_without_folders_says_how_to_start_it(arguments: tuple[str, ...], variables: dict[str, str]) -> None:
-    done = task(*arguments, **variables)
+@pytest.mark.parametrize("arguments", [(), ("a",)])
+def test_a_task_without_folders_says_how_to_start_it(arguments: tuple[str, ...]) -> None:
+    done = task(*arguments, number="0")
     assert done.returncode == 2
     one_line(done.stderr, "kvmlab: say: sbatch --array=0-N")
+
+
+def test_a_task_of_slurm_grades_as_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "submissions" / "alice").mkdir(parents=True)
+    options = ["--engine=svm", "--lesson=99"]
+    done = task(tmp_path / "submissions", tmp_path / "results", *options, number="0")
+    one_line(done.stderr, "there is no lesson 99")
+
+
+def test_a_task_outside_of_the_course_says_so(tmp_path: Path) -> None:
+    done = task("a", "b", cwd=tmp_path, number="0")
+    assert done.returncode == 2
+    one_line(done.stderr, f"kvmlab: {tmp_path} is not the course's tree: call sbatch from there")
 
 
 def test_a_task_outside_of_an_array_says_how_to_start_it() -> None:
