@@ -73,6 +73,8 @@ def test_the_zip_has_its_scripts_at_its_root_and_the_whole_tree(archive: Path) -
 
 def test_the_same_tree_gives_the_same_zip(archive: Path) -> None:
     assert archive.read_bytes() == archive.with_name("two.zip").read_bytes()
+    with zipfile.ZipFile(archive) as opened:
+        assert {entry.date_time for entry in opened.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_a_submission_is_graded_by_the_trusted_tree(autograder: Path) -> None:

@@ -76,7 +76,7 @@ def test_every_command_exists(file: Path) -> None:
                 continue
             assert shutil.which(words[0], path=f"{ROOT}:/usr/bin:/bin") or (ROOT / words[0]).exists(), line
             if words[0] == "make":
-                subprocess.run(["make", "-n", words[1], "SETUP=never"], cwd=ROOT, capture_output=True, check=True)
+                assert re.search(rf"^{words[1]}:.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE), line
             if "kvmlab" in words:
                 called = words[words.index("kvmlab") + 1]
                 python = ["/usr/bin/python3", "-m", "kvmlab", called, "--help"]
@@ -86,15 +86,65 @@ def test_every_command_exists(file: Path) -> None:
                 assert done.returncode == 0, done.stderr
 
 
+def engine_step(file: Path, kvm: str, folder: Path) -> tuple[str, str]:
+    """What the step that looks for KVM says where this is its device, and what it hands on to other steps."""
+    [script] = [step["run"] for step in steps(file) if "/dev/kvm" in step.get("run", "")]
+    environment = {"PATH": "/usr/bin:/bin", "GITHUB_ENV": str(folder / "env")}
+    (folder / "env").touch()
+    script = script.replace("/dev/kvm ]", f"{kvm} ]")
+    done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout, (folder / "env").read_text()
+
+
 @both
 def test_without_kvm_it_says_which_engine_stands_in(file: Path, tmp_path: Path) -> None:
-    [script] = [step["run"] for step in steps(file) if "/dev/kvm" in step.get("run", "")]
-    environment = {"PATH": "/usr/bin:/bin", "GITHUB_ENV": str(tmp_path / "env")}
-    script = script.replace("/dev/kvm ]", f"{tmp_path}/nowhere ]")
-    done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"::notice title=[^:]+::.*svm.*\n", done.stdout)
-    if file == COURSE:
-        assert (tmp_path / "env").read_text() == "ENGINES=svm,vmx\n"
+    said, handed_on = engine_step(file, f"{tmp_path}/nowhere", tmp_path)
+    assert re.fullmatch(r"::notice title=[^:]+::.*svm.*\n", said)
+    assert handed_on == ("ENGINES=svm,vmx\n" if file == COURSE else "")
+
+
+@both
+def test_with_kvm_it_is_used(file: Path, tmp_path: Path) -> None:
+    said, handed_on = engine_step(file, "/dev/null", tmp_path)
+    assert "svm" not in said
+    assert handed_on == ("ENGINES=kvm,svm,vmx\n" if file == COURSE else "")
+
+
+# Stands for the grader: it ends as the submission says.
+GRADER = """
+import pathlib, sys
+options = dict(word.split("=", 1) for word in sys.argv[2:])
+assert sys.argv[1] == "grade" and options["--format"] == "classroom"
+status = int(pathlib.Path(options["--submission"], "status").read_text())
+if status < 2:
+    pathlib.Path(options["--output"]).write_text("lesson-1=e30=\\n")
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(("status", "handed_on"), [(0, "lesson-1=e30=\n"), (1, "lesson-1=e30=\n"), (5, ""), (77, "")])
+def test_the_classroom_hears_of_every_grade_and_of_every_failure(tmp_path: Path, status: int, handed_on: str) -> None:
+    [step] = [step for step in steps(CLASSROOM) if step.get("id") == "grade"]
+    checkouts = [step["with"] for step in steps(CLASSROOM) if "checkout" in step.get("uses", "")]
+    submission, course = (tmp_path / each["path"] for each in checkouts)
+    (course / "tools" / "kvmlab").mkdir(parents=True)
+    (course / "tools" / "kvmlab" / "__main__.py").write_text(GRADER)
+    (course / "tools" / "setup").write_text("#!/bin/sh\n")
+    (course / "tools" / "setup").chmod(0o755)
+    submission.mkdir()
+    (submission / "status").write_text(str(status))
+    (tmp_path / "output").touch()
+    done = subprocess.run(
+        ["sh", "-ec", step["run"]],
+        cwd=tmp_path / step["working-directory"],
+        env={"PATH": "/usr/bin:/bin", "GITHUB_OUTPUT": str(tmp_path / "output")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (status if status > 1 else 0), done.stderr
+    assert (tmp_path / "output").read_text() == handed_on
 
 
 def test_the_classroom_does_not_grade_the_stubs_that_its_own_robot_pushes() -> None:
