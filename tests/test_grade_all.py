@@ -41,7 +41,8 @@ with open({log!r}, "a") as log:
     print(os.fsencode(options.submission.name), file=log)
 do = (options.submission / "do").read_text() if options.submission.is_dir() else ""
 if do == "crash":
-    sys.exit("Traceback: \\x1b[2J it crashed")
+    os.write(2, b"Traceback: \\x1b[2J it crashed \\xff\\n")
+    sys.exit(1)
 if do == "lie":
     print("all went well")
     options.output.write_text('{{"version": 1, "points": 999}}')
@@ -224,7 +225,7 @@ def test_a_torn_result_is_no_result(course: Course) -> None:
 @pytest.mark.parametrize(
     ("do", "why"),
     [
-        ("crash", "the grader ended with status 1: Traceback: \\x1b[2J it crashed"),
+        ("crash", "the grader ended with status 1: Traceback: \\x1b[2J it crashed \\udcff"),
         ("lie", "the grader ended with status 0: not a grade as JSON: KeyError('submission')"),
         ("die", "the grader was ended by SIGKILL"),
     ],
@@ -356,7 +357,7 @@ def test_names_of_submissions_harm_nothing(course: Course) -> None:
 
 
 def test_no_two_submissions_share_a_result(course: Course) -> None:
-    names = ["a b", "a%20b", "A B", "a.zip", "a", "x" * 250, "x" * 251]
+    names = ["a b", "a_b", "a%20b", "A B", "a.zip", "a", "x" * 250, "x" * 251]
     files = {course.work().file("grades", Path(name), ".json") for name in names}
     assert len(files) == len(names)
 
@@ -385,6 +386,11 @@ def test_a_page_shows_what_a_submission_says_as_text() -> None:
     assert "default-src 'none'" in raw
     assert "&lt;script&gt;" in raw
     assert "a check" in raw
+
+
+def test_a_page_says_why_a_check_failed_and_how_to_see_that_run() -> None:
+    lesson = LessonResult(3, "03", "Shadows", "kvm", [7], [CheckResult("a_check", 1, False, "seen none", 7)])
+    assert "seen none\nto see that run: make run LESSON=3 SEED=7</pre>" in page("alice", Grade("alice", [lesson]), "")
 
 
 def test_a_page_without_a_grade_says_why() -> None:
@@ -437,7 +443,7 @@ def test_off_a_terminal_each_submission_is_a_line(course: Course) -> None:
     assert done.returncode == 5
     assert done.stdout.splitlines()[1:] == [
         "[1/2] alice: 2 of 5 points",
-        "[2/2] bob: the grader ended with status 1: Traceback: \\x1b[2J it crashed",
+        "[2/2] bob: the grader ended with status 1: Traceback: \\x1b[2J it crashed \\udcff",
         f"2 submissions, 1 of them without a grade; points: {course.results}/points.csv",
     ]
     one_line(done.stderr, "kvmlab: bob: the grader ended with status 1")
