@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from kvmlab.events import Event
-from kvmlab.expect import expect, fail, require
+from kvmlab.expect import expect, fail, how_it_ended, require
 from kvmlab.random import stream
 from kvmlab.runner import Run
 
@@ -180,11 +180,10 @@ def ended_early(lab: Lab, policy: int, op: int) -> NoReturn:
     """Show the first trap of the operation at which the run ended."""
     __tracebackhide__ = True
     done = sum(1 for key in lab.results if key[0] == policy)
-    end = lab.run.one("end")
-    how = f"the run ended by: {end.how if end else 'the VMM was killed'} (status {lab.run.status}), in"
     where = lab.says(policy, done) if policy in lab.begun and done < len(lab.ops) else "a policy before"
     last = [trap.event for trap in lab.traps if trap.event and (trap.policy, trap.event.op) == (policy, done)]
-    fail(lab.run, lab.says(policy, op), "expected to be done", f"{how} {where}", near=last[0] if last else None)
+    how = f"{how_it_ended(lab.run)}, in {where}"
+    fail(lab.run, lab.says(policy, op), "expected to be done", how, near=last[0] if last else None)
 
 
 def expect_result(lab: Lab, policy: int, op: int) -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 
 from kvmlab.events import Event
-from kvmlab.expect import expect, fail, require
+from kvmlab.expect import expect, fail, how_it_ended, require
 from kvmlab.runner import Run
 
 LINES = 16
@@ -311,9 +311,8 @@ def incomplete(run: Run, replay: Replay, number: int) -> NoReturn:
     if number >= len(replay.rounds):
         require(run, what, "round", round=number)
     missing = set(replay.rounds[number].risen) - set(replay.rounds[number].injected)
-    end = run.one("end")
-    how = f"the run ended by: {end.how if end else 'the VMM was killed'} (status {run.status})"
-    fail(run, what, f"never injected: {names(sorted(missing))}" if missing else "not all its lines rose", how)
+    seen = f"never injected: {names(sorted(missing))}" if missing else "not all its lines rose"
+    fail(run, what, seen, how_it_ended(run))
 
 
 def test_injected_vector_calls_the_handler_of_its_line(run: Run, replay: Replay) -> None:

@@ -3,7 +3,7 @@
 from typing import NoReturn
 
 from kvmlab.events import Event
-from kvmlab.expect import expect, fail, require
+from kvmlab.expect import expect, fail, how_it_ended, require
 from kvmlab.runner import Run
 
 NMI = 2
@@ -269,8 +269,7 @@ def test_nmi_wakes_a_halted_cpu(run: Run) -> None:
     raised = require(run, "an NMI is raised while the guest halts", "raise", scene=HALT)
     what = "the guest goes on behind its HLT, although IF is 0: the scene is played to its end"
     if run.one("over", name=HALT) is None:
-        how = f"the run ended by: {run.end.how}" if run.one("end") else "the VMM was killed"
-        fail(run, what, "expected a KVM_NMI", f"seen     {how}", near=raised)
+        fail(run, what, "expected a KVM_NMI", f"seen     {how_it_ended(run)}", near=raised)
     scene = Scene(run, HALT)
     expect_served(scene, NMI, 1)
     (halt,) = scene.all("exit", reason="HLT")

@@ -13,7 +13,7 @@ import pytest
 
 from kvmlab import random
 from kvmlab.events import Event
-from kvmlab.expect import expect, fail, require
+from kvmlab.expect import expect, fail, how_it_ended, require
 from kvmlab.runner import Run
 
 MASK = 0xFFFF
@@ -151,8 +151,7 @@ def incomplete(run: Run, stage: str) -> NoReturn:
         fail(run, what, "the guest slept, and nothing would ever have woken it", near=rescue)
     gave_up = [line for line in console(run).splitlines() if line.startswith("gave up")]
     end = run.one("end")
-    how = f"the run ended by: {end.how if end else 'the VMM was killed'} (status {run.status})"
-    fail(run, what, *gave_up, how, near=None if end and end.how == "todo" else last_telling(run))
+    fail(run, what, *gave_up, how_it_ended(run), near=None if end and end.how == "todo" else last_telling(run))
 
 
 def last_telling(run: Run) -> Event:

@@ -19,7 +19,10 @@ def expect(run: Run, what: str, *, expected: object, seen: object, near: Event |
     """Fail unless both are equal. near: the event that shows it."""
     __tracebackhide__ = True
     if expected != seen:
-        fail(run, what, f"expected {_shown(expected)}", f"seen     {_shown(seen)}", near=near)
+        lines = [f"expected {_shown(expected)}", f"seen     {_shown(seen)}"]
+        if run.status and not near:
+            lines.append(how_it_ended(run))
+        fail(run, what, *lines, near=near)
 
 
 def require(run: Run, what: str, kind: str, /, **fields: object) -> Event:
@@ -29,7 +32,7 @@ def require(run: Run, what: str, kind: str, /, **fields: object) -> Event:
     if found is None:
         wanted = " ".join(f"{name}={_shown(value)}" for name, value in fields.items())
         last = run.events[-1] if run.events else None
-        lines = f"expected an event: {f'{kind} {wanted}'.rstrip()}", "seen     none", _how_it_ended(run)
+        lines = f"expected an event: {f'{kind} {wanted}'.rstrip()}", "seen     none", how_it_ended(run)
         fail(run, what, *lines, near=last)
     return found
 
@@ -41,15 +44,19 @@ def fail(run: Run, what: str, *lines: str, near: Event | None = None) -> NoRetur
     raise CheckFailed("\n".join([what, *lines, *context]), near)
 
 
-def _how_it_ended(run: Run) -> str:
-    end = run.one("end")
-    how = end.how if end else "the VMM was killed"
-    return f"the run ended by: {how} (status {run.status}), after {end.exits if end else '?'} exits"
+def how_it_ended(run: Run) -> str:
+    """In one line, also where the VMM did not live to record it."""
+    if end := run.one("end"):
+        return f"the run ended by: {end.how} (status {run.status})"
+    how = {4: "was stuck", 5: "could not go on"}.get(run.status, "left: a host half does not call exit()")
+    if run.status > 128:
+        how = f"was killed by signal {run.status - 128}"
+    return f"the run has no end: the VMM {how} (status {run.status})"
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int):
         return hex(value) if value > 9 else str(value)
     if isinstance(value, bytes):
