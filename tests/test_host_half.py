@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import HOSTS, Halves, Host, half_command, one_line, only_plain
 
-from kvmlab import runner
+from kvmlab import runner, source
 from kvmlab.runner import Built, Run
 
 API = HOSTS / "api"
@@ -151,8 +151,8 @@ def test_a_crash_of_the_host_half_names_the_line(name: str, api: Built) -> None:
     recorded = run(api, name)
     assert recorded.status == 5
     one_line(recorded.errors, f"the VMM itself crashed: signal {signal}, address ")
-    place = runner.crash_location(api, recorded.errors)
-    assert any(place.endswith(f"host.c:{number}\n") for number in lines_of(line)), place
+    place = source.of_host(api.vmm, recorded.errors)
+    assert any(f"host.c:{number}, in " in place for number in lines_of(line)), place
 
 
 @only_plain  # the sanitizers report it themselves
@@ -168,6 +168,7 @@ def test_a_host_half_that_loops_is_found_by_the_time_limit(name: str, api: Built
     recorded = run(api, name, time_limit=0.2)
     assert recorded.status == 4
     one_line(recorded.errors, "stuck", "host.c")
+    assert re.search(r"^the host half was at \S+/host\.c:\d+, in loop\b", source.of_host(api.vmm, recorded.errors))
 
 
 def test_a_host_half_that_loops_in_its_setup_is_found_by_the_time_limit(host: Host, build: Path) -> None:

@@ -13,6 +13,7 @@ pytest_plugins = ["variants"]
 StartVariant = Callable[[str], Variant]
 
 FIRST = "01-vm-exit"
+INDENT = "\n             "
 
 
 def checked(student: Variant, engine: str = "auto") -> str:
@@ -58,13 +59,58 @@ def test_a_line_that_no_student_writes_is_not_named(variant: StartVariant) -> No
     assert "the guest was at" not in output
 
 
-def test_make_check_names_the_line_at_which_the_host_half_crashed(variant: StartVariant) -> None:
+CRASHES = {
+    "in the host half": ("*(volatile char *)0 = 0;", "crashed: signal 11"),
+    "in the C library": ("memcpy((void *)access->address, element, access->size);", "crashed: signal 11"),
+    "in the last call": ("return (void)memcpy((void *)access->address, element, 4);", "crashed: signal 11"),
+    "by the host half's own will": ("__builtin_trap();", "crashed: signal 4"),
+}
+
+
+@pytest.mark.parametrize(("bug", "what"), CRASHES.values(), ids=CRASHES)
+def test_make_check_names_the_line_at_which_the_host_half_was(variant: StartVariant, bug: str, what: str) -> None:
     student = variant(FIRST)
-    student.change("host.c", "memcpy(bytes, element, access->size);", "*(volatile char *)0 = 0;")
+    student.change("host.c", "memcpy(bytes, element, access->size);", bug)
     output = checked(student)
-    assert "vmm: the VMM itself crashed: signal 11" in output
-    number = line_of(student, "host.c", "*(volatile char *)0 = 0;").rpartition(":")[2]
-    assert re.search(rf"^ {{13}}vmm: that is in lab_access, host\.c:{number}$", output, re.MULTILINE), output
+    assert f"{INDENT}vmm: the VMM itself {what}" in output
+    assert f"{INDENT}the host half was at {line_of(student, 'host.c', bug)}, in lab_access: {bug}\n" in output
+    assert "called from" not in output
+
+
+def test_make_run_names_it_too_and_no_address_but_the_one_at_fault(variant: StartVariant) -> None:
+    student = variant(FIRST)
+    student.change("host.c", "memcpy(bytes, element, access->size);", CRASHES["in the C library"][0])
+    shown = student.make("run", "LESSON=1")
+    place = f"{line_of(student, 'host.c', 'memcpy((void *)access')}, in lab_access: "
+    assert f"\nvmm: the host half was at {place}" in shown.errors, str(shown)
+    assert "called from" not in shown.errors
+
+
+@pytest.mark.parametrize(
+    ("bug", "ending"),
+    {
+        "exit(0);": "left: a host half does not call exit() (status 0)",
+        "raise(SIGKILL);": "was killed by signal 9 (status 137)",
+    }.items(),
+)
+def test_a_vmm_that_does_not_live_to_record_the_end_is_told_from_one_that_does(
+    variant: StartVariant, bug: str, ending: str
+) -> None:
+    student = variant(FIRST)
+    student.change("host.c", "#include <string.h>", "#include <signal.h>\n#include <stdlib.h>\n#include <string.h>")
+    student.change("host.c", "memcpy(bytes, element, access->size);", bug)
+    assert f"{INDENT}the run has no end: the VMM {ending}\n" in checked(student)
+
+
+def test_a_check_of_the_end_shows_what_came_before_and_what_a_host_half_left_undone(variant: StartVariant) -> None:
+    student = variant(FIRST)
+    student.change("host.c", "memcpy(bytes, element, access->size);", "(void)bytes;")
+    output = checked(student)
+    assert re.search(
+        r"the bytes in the registers at the end\n +expected [0-9a-f ]+\n +seen     (00 ){7}00\n"
+        r"(?:   .*\n)+ +> #\d+ exit .* device=lab registers\n",
+        output,
+    ), output
 
 
 def test_a_check_that_misses_an_event_shows_how_the_run_ended(variant: StartVariant) -> None:

@@ -33,6 +33,7 @@
 #include <asm/processor-flags.h>
 #include <assert.h>
 #include <errno.h>
+#include <execinfo.h>
 #include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
@@ -1516,7 +1517,7 @@ static void exit_dispatch(void) {
 static volatile sig_atomic_t stop_signal;
 
 /* From a signal handler: nothing can be trusted any more, but what was printed and recorded so far is
- * worth the risk. */
+ * worth the risk. So are the calls that led here: `make run` makes a line of host.c of them. */
 static _Noreturn void leave_at_once(enum status status, const char *message) {
     terminal_restore();
     struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
@@ -1525,6 +1526,11 @@ static _Noreturn void leave_at_once(enum status status, const char *message) {
     if (events.file)
         fflush_unlocked(events.file);
     (void)!write(STDERR_FILENO, message, strlen(message));
+    void *callers[16];
+    char text[24 * LENGTH(callers)] = " [called from";
+    for (int i = 0, count = backtrace(callers, LENGTH(callers)); i < count; i++)
+        snprintf(text + strlen(text), sizeof text - strlen(text), " %p", callers[i]);
+    dprintf(STDERR_FILENO, "%s]\n", text);
     _exit(status);
 }
 
@@ -1535,7 +1541,7 @@ static void on_stop_signal(int number) {
     if (stop_signal)
         leave_at_once(number == SIGALRM ? STATUS_HANG : (enum status)(STATUS_SIGNALLED + number),
                       "vmm: the VMM itself is stuck: a loop in the host half (host.c), or nobody "
-                      "reads the console\n");
+                      "reads the console");
     stop_signal = number;
     machine.run->immediate_exit = 1;
 }
@@ -1577,18 +1583,13 @@ static void vcpu_wake_up(void) {
     vcpu_thread.is_kicked = false;
 }
 
-extern char etext[]; /* the end of our own code: see end(3) */
-
 /* A stray pointer in a host half ends here; `make run` turns the address into a line of host.c. */
 __attribute__((unused)) static void on_crash(int number, siginfo_t *info, void *context) {
     char message[160];
     const greg_t *registers = ((const ucontext_t *)context)->uc_mcontext.gregs;
-    uintptr_t pc = (uintptr_t)registers[REG_RIP];
-    if (pc > (uintptr_t)etext) /* in a function of the C library, such as memcpy: who called it? */
-        pc = *(const uintptr_t *)registers[REG_RSP];
     snprintf(message, sizeof message,
-             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%" PRIxPTR "\n", number,
-             info->si_addr, pc);
+             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%llx", number,
+             info->si_addr, registers[REG_RIP]);
     leave_at_once(STATUS_HOST, message);
 }
 
@@ -1608,6 +1609,7 @@ static void signals_install(void) {
     sigaction(SIGSEGV, &crash, NULL);
     sigaction(SIGBUS, &crash, NULL);
     sigaction(SIGFPE, &crash, NULL);
+    sigaction(SIGILL, &crash, NULL); /* what the compiler puts where the C has no meaning */
     sigaction(SIGABRT, &crash, NULL);
 #endif
 }
@@ -1890,7 +1892,7 @@ void host_todo(const char *location, const char *task) {
 /* The other threads may be anywhere. */
 void host_stuck(const char *what) {
     char message[256];
-    snprintf(message, sizeof message, "vmm: the VMM itself is stuck: %s\n", what);
+    snprintf(message, sizeof message, "vmm: the VMM itself is stuck: %s", what);
     leave_at_once(STATUS_HANG, message);
 }
 

@@ -31,6 +31,7 @@ class Verdict:
     passed: bool
     message: str = ""
     event: Event | None = None  # has the rip at which it went wrong, as far as that is known
+    errors: str = ""  # what the VMM said
 
 
 class _Collector:
@@ -77,8 +78,8 @@ class _Collector:
         if error and not self.recorded and isinstance(run, Run):
             message += _said_by_vmm(run)
         check = (item.originalname or item.name).removeprefix("test_")
-        event = _event(run, error) if error and isinstance(run, Run) else None
-        self.verdicts.append(Verdict(check, seed, error is None, message, event))
+        event, errors = (_event(run, error), run.errors) if error and isinstance(run, Run) else (None, "")
+        self.verdicts.append(Verdict(check, seed, error is None, message, event, errors))
 
 
 def _event(run: Run, error: BaseException) -> Event | None:
@@ -93,7 +94,7 @@ def _event(run: Run, error: BaseException) -> Event | None:
 
 def _said_by_vmm(run: Run) -> str:
     """Why a run that nobody watched ended early, without the registers and walks that explain it."""
-    lines = run.errors.splitlines() if run.status else []
+    lines = source.CALLS.sub("", run.errors).splitlines() if run.status else []
     return "".join("\n" + line for line in lines if line.startswith("vmm: "))
 
 
@@ -110,9 +111,9 @@ def judge(
     if pytest.main([str(lesson.tests), *options], plugins=[collector]) == pytest.ExitCode.INTERRUPTED:
         raise collector.not_run or KeyboardInterrupt
     if collector.errors or not collector.verdicts:
-        raise RuntimeError(f"{lesson.tests} cannot be used:\n" + "\n".join(collector.errors))
+        raise UsageError(f"{lesson.tests} cannot be used" + "".join(f":\n{error}" for error in collector.errors))
     if differing := lesson.points.keys() ^ {verdict.check for verdict in collector.verdicts}:
-        raise RuntimeError(f"lesson.toml and {lesson.tests.name} do not name the same checks: {differing}")
+        raise UsageError(f"lesson.toml and {lesson.tests} do not name the same checks: {', '.join(sorted(differing))}")
     return collector.verdicts
 
 
@@ -126,7 +127,8 @@ def _explained(lesson: Lesson, build: Path, failed: Verdict) -> Iterator[str]:
     """All there is to say of a check that fails."""
     yield from failed.message.splitlines()
     built = runner.lesson_built(build, lesson.name)
-    yield from runner.crash_location(built, failed.message).splitlines()
+    if place := source.of_host(built.vmm, failed.errors):
+        yield place
     if failed.event and (place := source.of_student(lesson, built.image, failed.event)):
         yield f"the guest was at {place}"
     yield f"(seed {failed.seed})"

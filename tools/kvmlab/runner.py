@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import sys
 import uuid
 from collections import defaultdict
@@ -124,7 +123,7 @@ def run_on_terminal(
     outcome = engine.run(_job(built, engine, options, seed, watched=True, trace=trace, vfio=vfio))
     run = _run(outcome, seed, engine, _events(outcome, events))
     sys.stdout.flush()
-    sys.stderr.write(run.errors + crash_location(built, run.errors))
+    sys.stderr.write(shown_errors(built, run.errors))
     sys.stderr.flush()
     return run
 
@@ -157,10 +156,7 @@ def _run(outcome: Outcome, seed: int, engine: Engine, events: list[Event]) -> Ru
     return Run(status, output, errors, outcome.kernel_log, seed, *by, events, outcome.emulator)
 
 
-def crash_location(built: Built, errors: str) -> str:
-    """If the VMM itself crashed: the line of C it crashed at, as far as addr2line knows."""
-    found = re.search(r"VMM itself crashed: .* at pc (0x[0-9a-f]+)", errors)
-    if not found:
-        return ""
-    line = next(source.lines_at(built.vmm, found[1]), source.UNKNOWN)
-    return f"vmm: that is in {line.function}, {Path(line.file).name}:{line.number}\n"
+def shown_errors(built: Built, errors: str) -> str:
+    """What the VMM said, with a line of C in place of the calls that it has listed."""
+    place = source.of_host(built.vmm, errors)
+    return source.CALLS.sub(lambda _: f"\nvmm: {place}" if place else "", errors)

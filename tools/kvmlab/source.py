@@ -41,6 +41,29 @@ def of_student(lesson: Lesson, image: Path, event: Event) -> str:
     return ""
 
 
+# What the VMM says behind the line that tells how it crashed or that it is stuck.
+CALLS = re.compile(r" \[called from((?: 0x[0-9a-f]+)*)\]$", re.MULTILINE)
+
+
+def of_host(vmm: Path, errors: str) -> str:
+    """Where the host half was when the VMM crashed or was stuck, and what stands there: the innermost of the calls
+    that the VMM has listed. Where none is in a host half: where the VMM itself was."""
+    found = CALLS.search(errors)
+    pc = re.findall(r"^vmm: the VMM itself crashed: .* at pc (0x[0-9a-f]+)", errors, re.MULTILINE) if found else []
+    # They are where the calls return to: the next line, perhaps, or another function.
+    calls = [hex(int(call, 16) - 1) for call in found[1].split()] if found else []
+    addresses = [*pc, *calls]
+    lines = [line for address in addresses for line in lines_at(vmm, address)]
+    host = next((line for line in lines if Path(line.file).name == "host.c"), None)
+    line = host or (lines[0] if pc and lines else UNKNOWN)
+    if not line.number.isdigit():
+        return ""
+    path = Path(line.file)
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    who = "host half" if host else "VMM"
+    return f"the {who} was at {path}:{line.number}, in {line.function}: {_text(path, line.number)}"
+
+
 def _instruction(image: Path, event: Event) -> int:
     """An address in the instruction that made this event. KVM has stepped over a HLT and over a store to a device;
     over an OUT on some machines only (include/events.h)."""
@@ -59,5 +82,5 @@ def _is_out(image: Path, address: int) -> bool:
 
 
 def _text(path: Path, number: str) -> str:
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return lines[int(number) - 1].strip() if number.isdigit() and 0 < int(number) <= len(lines) else "?"
