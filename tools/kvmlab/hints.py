@@ -39,9 +39,16 @@ def _given(place: Path) -> dict[str, int]:
 
 
 def _first_missing(lesson: Lesson) -> tuple[Path, Part] | None:
-    """The first part that is not written yet, in the order of the work."""
-    parts = ((path, part) for path in lesson.sources for part in markers.parts_of(path))
-    return next((found for found in parts if not found[1].is_written), None)
+    """The first part that is not written yet, in the order of the work, which is that of the hints."""
+    parts = [(path, part) for path in lesson.sources for part in markers.parts_of(path) if not part.is_written]
+    return min(parts, key=lambda found: _order(lesson, found[0], found[1])) if parts else None
+
+
+def _order(lesson: Lesson, path: Path, part: Part) -> tuple[int, int]:
+    """Which hint, and where in its task."""
+    if not (hint := _about(lesson, path, part)):
+        return len(lesson.hints), 0
+    return lesson.hints.index(hint), hint.task.index(part.function)
 
 
 def _about(lesson: Lesson, path: Path, part: Part) -> Hint | None:
