@@ -23,6 +23,7 @@ PROOF_OF = (
     *("watch", "workflows"),
 )
 PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
+PROOF |= {f"lessons/{name}/quotes.py" for name in NAMES}
 # What the VMM and the guests' runtime do in the way that a lesson has students write.
 ALIKE = {"guest/virtio_console.c", "vmm/virtqueue.c"}
 PROOF_FOLDERS = (

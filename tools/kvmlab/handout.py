@@ -39,6 +39,7 @@ _LEFT_OUT = {
     "tests/variants.py",
     "tests/virtio",
 }
+_LEFT_OUT_OF_LESSONS = "quotes.py"  # of what a text quotes, for a test of ours
 _MAY_HOLD_SOLUTIONS = ("guest/", "lessons/", "vmm/")
 # Where there is no git to say what belongs to the project: what `make` and the tools leave behind.
 _PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build", reset.KEPT}
@@ -59,7 +60,7 @@ def copy(source: Path, destination: Path) -> None:
     """The files of the student tree, no repository."""
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UsageError(f"{destination} is not an empty folder: name one that does not exist yet")
-    copied = [path for path in files(source) if not any(f"{path}/".startswith(f"{left}/") for left in _LEFT_OUT)]
+    copied = [path for path in files(source) if not _is_left_out(path)]
     # All of them before the first is written: a marker that is wrong must not let a solution out.
     stripped = _stripped(source, copied)
     for path in copied:
@@ -68,6 +69,11 @@ def copy(source: Path, destination: Path) -> None:
         shutil.copy(source / path, target)
         if path in stripped:
             target.write_text(stripped[path])
+
+
+def _is_left_out(path: str) -> bool:
+    is_proof = any(f"{path}/".startswith(f"{left}/") for left in _LEFT_OUT)
+    return is_proof or Path(path).match(f"lessons/*/{_LEFT_OUT_OF_LESSONS}")
 
 
 def _stripped(source: Path, files: list[str]) -> dict[str, str]:
