@@ -71,7 +71,7 @@ setup: ## install every package that any of these commands needs
 	@tools/setup run debug test svm vmx grade cover lint
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1 \2/p' $(MAKEFILE_LIST) | sed -E 's/  ([a-z])/  \1/'
+	@sed -nE 's/^([a-z-]+):.*## (([A-Z[].*)  )?(.*)/make \1 \3\n    \4/; s/ \n/\n/p' Makefile
 
 clean: ## remove everything that was built
 	rm -rf build
@@ -183,8 +183,8 @@ LESSON_HEADERS = $(wildcard $(LESSONS)/$(lesson)/*.h $(if $(filter %tests/hosts,
 $(foreach lesson,$(notdir $(wildcard $(LESSONS)/*)),$(eval $(BUILD)/lessons/$(lesson)/guest.o $(BUILD)/lessons/$(lesson)/host.o: $(LESSON_HEADERS)))
 
 build-lesson: setup-run
-	@$(if $(LESSON),,echo "which lesson? say LESSON=n, as in: make $(firstword $(MAKECMDGOALS)) LESSON=1" >&2; exit 2)
-	@$(if $(THE_LESSON),,echo "there is no lesson $(LESSON): make list shows those there are" >&2; exit 2)
+	@$(if $(LESSON),,echo "kvmlab: which lesson? say LESSON=n, as in: make $(firstword $(MAKECMDGOALS)) LESSON=1" >&2; exit 2)
+	@$(if $(THE_LESSON),,echo "kvmlab: there is no lesson $(LESSON): make list shows those there are" >&2; exit 2)
 	@$(MAKE) --no-print-directory -s BUILD=$(BUILD) LESSONS=$(LESSONS) GUEST=$(GUEST) $(call lesson_files,$(THE_LESSON))
 
 TEST_GUESTS = $(patsubst tests/guests/%.c,$(BUILD)/tests/%.elf,$(wildcard tests/guests/*.c))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import one_line
 from variants import ENVIRONMENT, NAMES, Shown, Variant, command
 
 from kvmlab.plugin import ROOT
@@ -77,7 +78,7 @@ def test_without_a_lesson_one_line_says_what_to_type(name: str) -> None:
     shown = command("make", name)
     assert shown.status != 0
     (line,) = said(shown)
-    assert line.removeprefix("kvmlab: ") == f"which lesson? say LESSON=n, as in: make {name} LESSON=1"
+    assert line == f"kvmlab: which lesson? say LESSON=n, as in: make {name} LESSON=1"
 
 
 @pytest.mark.parametrize("name", ["run", "check", "hint", "watch", "reset"])
@@ -86,7 +87,7 @@ def test_a_lesson_that_does_not_exist_is_named_in_one_line(name: str, called: st
     shown = command("make", name, f"LESSON={called}")
     assert shown.status != 0
     (line,) = said(shown)
-    assert line.endswith(f"there is no lesson {called}: make list shows those there are")
+    assert line == f"kvmlab: there is no lesson {called}: make list shows those there are"
 
 
 @pytest.mark.parametrize("seed", ["bad", "-1", "1.5", "0x10000000000000000"])
@@ -336,9 +337,19 @@ def test_a_check_without_points_is_an_error(variant: StartVariant) -> None:
     toml = wrong.folder / "lesson.toml"
     toml.write_text(toml.read_text().replace("halt_is_the_last_exit = 1", "no_such_check = 1"))
     shown = wrong.kvmlab("check", "1", "--seed=7")
-    assert shown.status == 1
-    assert "do not name the same checks" in shown.errors
+    assert shown.status == 2
+    one_line(shown.errors, "kvmlab: lesson.toml and ", "do not name the same checks: halt_is_the_last_exit, no_such")
     assert "points" not in shown.output
+
+
+@pytest.mark.parametrize(("old", "new"), {'title = "': "title = ", "[points]": "[marks]"}.items())
+def test_a_lesson_toml_that_makes_no_sense_is_named_in_one_line(variant: StartVariant, old: str, new: str) -> None:
+    wrong = variant("01-vm-exit")
+    toml = wrong.folder / "lesson.toml"
+    toml.write_text(toml.read_text().replace(old, new))
+    shown = wrong.kvmlab("list")
+    assert (shown.status, shown.output) == (2, ""), str(shown)
+    one_line(shown.errors, f"kvmlab: {toml} cannot be used: ")
 
 
 # ---- the tool behind make ----

@@ -1,11 +1,13 @@
 """`make hint` and `make list`: where a student stands, and what helps."""
 
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from variants import NAMES, Variant, command, regions, write_first, write_parts
+from variants import ENVIRONMENT, NAMES, Variant, command, regions, write_first, write_parts
 
 from kvmlab import lesson, markers
 from kvmlab.plugin import ROOT
@@ -101,6 +103,19 @@ def test_make_list_shows_what_there_is_to_do(student_home: Path) -> None:
     for line, this in zip(lines, lessons, strict=True):
         points, parts = f"-/{sum(this.points.values())}", f"0/{len(regions(this.name))}"
         assert line == f"{this.number:3} {points:>6} points {parts:>6} parts  {this.title}  ({this.folder})"
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["hint", "1"], ["check", "1", "--seed=7"]], ids=" ".join)
+def test_a_reader_that_has_seen_enough_is_no_error(variant: StartVariant, arguments: list[str]) -> None:
+    """As in `make list | head -2`."""
+    ours = variant(FIRST)
+    environment = ENVIRONMENT | {"PYTHONPATH": "tools", "PYTHONDONTWRITEBYTECODE": "1"}
+    reads, writes = os.pipe()
+    os.close(reads)
+    call = ours.call(*arguments)
+    done = subprocess.run(call, cwd=ROOT, env=environment, stdout=writes, stderr=subprocess.PIPE, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("command_name", ["run", "check"])

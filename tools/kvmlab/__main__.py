@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -42,50 +42,57 @@ def _seed_chosen(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    return _on_some_engine(arguments, _run_lesson)
+    return _on_some_engine(arguments, _run_lesson, [_seed_chosen(arguments)])
 
 
-def _run_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
+def _run_lesson(arguments: argparse.Namespace, lesson: Lesson, seeds: list[int]) -> int:
     from kvmlab import judge, runner
 
     sources = progress.sources_hash(lesson)
-    seed = _seed_chosen(arguments)
     built = runner.lesson_built(arguments.build, lesson.name)
     events = arguments.events or arguments.build / "lessons" / lesson.name / "events.jsonl"
     _must_be_writable(events)
-    with _engine(lesson, arguments, f"(SEED={seed})") as engine:
+    with _engine(lesson, arguments) as engine:
         how = {"trace": lesson.trace, "vfio": lesson.vfio}
-        run = runner.run_on_terminal(built, seed=seed, events=events, engine=engine, **how)
+        run = runner.run_on_terminal(built, seed=seeds[0], events=events, engine=engine, **how)
         if not run.events or run.status > 128:
             return run.status
         if run.lacking:
             raise Unable(engine.name, run.lacking)
-        verdicts = judge.judge(lesson, arguments.build, engine, [seed], run)
+        verdicts = judge.judge(lesson, arguments.build, engine, seeds, run)
     if engine.trace:
-        print(trace.summary(run.events))
+        _say(trace.summary(run.events))
     _report(arguments, lesson, verdicts, sources)
     status = runner.status_of(run, lesson)
     if any(not verdict.passed for verdict in verdicts):
-        print(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
+        _say(f"all events: {events}; what to try: make hint LESSON={lesson.number}")
         return status or 1
     return status
 
 
-def _on_some_engine(arguments: argparse.Namespace, command: Callable[[argparse.Namespace, Lesson], int]) -> int:
+def _on_some_engine(
+    arguments: argparse.Namespace, command: Callable[[argparse.Namespace, Lesson, list[int]], int], seeds: list[int]
+) -> int:
     """Do it on the first engine that turns out to be able to."""
     lesson = _lesson(arguments)
+    _announce(lesson, seeds)
     while True:
         try:
-            return command(arguments, lesson)
+            return command(arguments, lesson, seeds)
         except Unable as error:
             lesson = dataclasses.replace(lesson, not_on=lesson.not_on | {error.engine: error.reason})
 
 
+def _announce(lesson: Lesson, seeds: list[int]) -> None:
+    shown = f"SEED={seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    _say(f"lesson {lesson.number}: {lesson.title} ({shown})")
+
+
 @contextlib.contextmanager
-def _engine(lesson: Lesson, arguments: argparse.Namespace, seeds: str) -> Iterator[Engine]:
-    """The engine to run on, announced with the lesson."""
+def _engine(lesson: Lesson, arguments: argparse.Namespace) -> Iterator[Engine]:
+    """The engine to run on, announced."""
     chosen, line = engines.choose(lesson, arguments.engine, arguments.kvm_params, arguments.trace)
-    print(f"lesson {lesson.number}: {lesson.title} {seeds}\n{line}", flush=True)
+    _say(line)
     with contextlib.closing(chosen):
         yield chosen
 
@@ -98,16 +105,16 @@ def _must_be_writable(events: Path) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    return _on_some_engine(arguments, _check_lesson)
+    count = CHECK_SEEDS if arguments.seed is None else 1
+    return _on_some_engine(arguments, _check_lesson, [_seed_chosen(arguments) for _ in range(count)])
 
 
-def _check_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
+def _check_lesson(arguments: argparse.Namespace, lesson: Lesson, seeds: list[int]) -> int:
     from kvmlab import judge
 
     sources = progress.sources_hash(lesson)
-    seeds = [secrets.randbelow(1 << 32) for _ in range(CHECK_SEEDS)] if arguments.seed is None else [arguments.seed]
     try:
-        with _engine(lesson, arguments, f"(seeds {', '.join(map(str, seeds))})") as engine:
+        with _engine(lesson, arguments) as engine:
             verdicts = judge.judge(lesson, arguments.build, engine, seeds)
     except judge.HostError as error:
         print(error, file=sys.stderr)
@@ -115,7 +122,7 @@ def _check_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
     _report(arguments, lesson, verdicts, sources)
     failed = next((verdict for verdict in verdicts if not verdict.passed), None)
     if failed:
-        print(f"to see that run: make run LESSON={lesson.number} SEED={failed.seed}")
+        _say(f"to see that run: make run LESSON={lesson.number} SEED={failed.seed}")
     return 1 if failed else 0
 
 
@@ -123,21 +130,19 @@ def _report(arguments: argparse.Namespace, lesson: Lesson, verdicts: "list[Verdi
     """Show the verdict, and keep what `make list` says of it."""
     from kvmlab import judge
 
-    print(judge.report(lesson, arguments.build, verdicts))
     progress.keep(lesson, arguments.build, Progress(judge.points(lesson, verdicts), sources))
+    _say(judge.report(lesson, arguments.build, verdicts))
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    return _on_some_engine(arguments, _compare_lesson)
+    return _on_some_engine(arguments, _compare_lesson, [_seed_chosen(arguments)])
 
 
-def _compare_lesson(arguments: argparse.Namespace, lesson: Lesson) -> int:
+def _compare_lesson(arguments: argparse.Namespace, lesson: Lesson, seeds: list[int]) -> int:
     from kvmlab import compare
 
-    seed = _seed_chosen(arguments)
-    print(f"lesson {lesson.number}: {lesson.title} (SEED={seed})", flush=True)
     try:
-        for line in compare.compare(lesson, arguments.build, arguments.engine, seed):
+        for line in compare.compare(lesson, arguments.build, arguments.engine, seeds[0]):
             print(line, flush=True)
     except compare.UnfinishedError as error:
         print(error, file=sys.stderr)
@@ -151,20 +156,35 @@ def _debug(arguments: argparse.Namespace) -> int:
     lesson = _lesson(arguments)
     debug.admit(lesson, arguments.engine)
     seed = _seed_chosen(arguments)
-    print(f"lesson {lesson.number}: {lesson.title} (SEED={seed})", flush=True)
+    _announce(lesson, [seed])
     return debug.debug(runner.lesson_built(arguments.build, lesson.name), seed)
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    for line in progress.table(lessons.load_all(arguments.lessons), arguments.build):
-        print(line)
-    return 0
+    return _show(progress.table(lessons.load_all(arguments.lessons), arguments.build))
 
 
 def _hint(arguments: argparse.Namespace) -> int:
-    for line in hints.next_hints(_lesson(arguments), arguments.build):
-        print(line)
+    return _show(hints.next_hints(_lesson(arguments), arguments.build))
+
+
+def _show(lines: Iterable[str]) -> int:
+    """All is done before anything is shown."""
+    _say("\n".join(lines))
     return 0
+
+
+def _say(text: str) -> None:
+    """A reader may have seen enough: `make list | head -2`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _stop_printing()
+
+
+def _stop_printing() -> None:
+    """Python would try again when it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _watch(arguments: argparse.Namespace) -> int:
@@ -172,9 +192,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _reset(arguments: argparse.Namespace) -> int:
-    for line in reset.reset(_lesson(arguments)):
-        print(line)
-    return 0
+    return _show(reset.reset(_lesson(arguments)))
 
 
 def _handout(arguments: argparse.Namespace) -> int:
@@ -366,6 +384,9 @@ def main() -> int:
         return _said(error, 5)
     except CannotRun as error:
         return _said(error, 77)
+    except BrokenPipeError:
+        _stop_printing()
+        return 128 + signal.SIGPIPE
     except OSError as error:
         is_temporary = error.errno == errno.ENOSPC and not error.filename
         where = f" (temporary files are in {tempfile.gettempdir()})" if is_temporary else ""

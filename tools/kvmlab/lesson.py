@@ -1,6 +1,7 @@
 """The lessons: what lesson.toml says, and where a built lesson lies."""
 
 import importlib.util
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,15 @@ class Lesson:
 
 
 def load(folder: Path) -> Lesson:
+    if not re.match(r"[0-9]+-", folder.name):
+        raise UsageError(f"{folder} is no lesson: its name must begin with a number, as 01-vm-exit does")
+    try:
+        return _load(folder)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{folder}/lesson.toml cannot be used: {error or type(error).__name__}") from None
+
+
+def _load(folder: Path) -> Lesson:
     data = tomllib.loads((folder / "lesson.toml").read_text())
     hints = [Hint(hint["task"], hint["tiers"]) for hint in data["hints"]]
     not_on, ends = data.get("not_on", {}), data.get("ends", "")
