@@ -31,8 +31,8 @@ _LIMITS = [f"--as={MEMORY}", f"--fsize={FILE_SIZE}", "--core=0", "--nofile=512"]
 _NAMESPACES = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try".split()
 _ALONE = [*_NAMESPACES, "--die-with-parent", "--new-session", "--clearenv", "--setenv", "PATH", "/usr/bin"]
 _SYSTEM = "--ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64".split()
-# All that KVM is asked for, by whatever process, and how each KVM_RUN came back.
-_WITNESS = "strace -f --seccomp-bpf -qq -e trace=ioctl -e signal=none -e kvm=vcpu".split()
+# All that KVM is asked for, by whatever process, and how each KVM_RUN came back; and what could hide that.
+_WITNESS = "strace -f --seccomp-bpf -qq -e trace=ioctl,seccomp,prctl -e signal=none -e kvm=vcpu".split()
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,18 @@ def _arguments(place: Place, scratch: Path) -> list[str]:
 def _limits() -> list[str]:
     user = str(_user())
     become = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--inh-caps=-all"]
-    return [*(become if os.getuid() == 0 else []), "prlimit", f"--nproc={PROCESSES}", *_LIMITS, "--"]
+    # Where memory runs out, the kernel ends these first.
+    return [
+        "choom",
+        "--adjust",
+        "1000",
+        "--",
+        *(become if os.getuid() == 0 else []),
+        "prlimit",
+        f"--nproc={PROCESSES}",
+        *_LIMITS,
+        "--",
+    ]
 
 
 def _user() -> int:
@@ -152,7 +163,7 @@ def _user() -> int:
 
 def _give(path: Path) -> None:
     for each in (path, *path.rglob("*")):
-        os.chown(each, _user(), _user())
+        os.chown(each, _user(), _user(), follow_symlinks=False)
 
 
 def _kvm_for_all(scratch: Path) -> Path:
