@@ -152,6 +152,11 @@ $(BUILD)/vmm/edu.a: $(EDU_OBJECTS)
 $(BUILD)/vmm/vmm: $(VMM_OBJECTS)
 	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
+# What a submission runs in where the machine is emulated.
+$(BUILD)/confine: tools/sandbox/confine.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $< -o $@
+
 # A lesson: image.elf from guest.c, and a VMM of its own where it has a host.c.
 $(BUILD)/lessons/%/guest.o: $(LESSONS)/%/guest.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)

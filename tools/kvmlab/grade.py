@@ -25,6 +25,9 @@ from kvmlab.runner import EVENTS
 BUILD_LIMIT = 120.0
 # Beyond the VMM's own time limit, by which it ends the run itself if nothing keeps it from that.
 LATE = 10.0
+CONFINE = "confine"  # tools/sandbox/confine.c
+CONFINE_TOO_LATE = 124
+LINES_MOST = 200_000  # of a record: lines of the VMM's own are longer than what this leaves for each
 JUDGE_LIMIT = 300.0
 JUDGE_MEMORY = 8 << 30
 
@@ -35,6 +38,10 @@ class DistrustedError(MachineError):
 
 class _LateError(MachineError):
     """The VMM did not end by itself."""
+
+
+def _did_not_end(job: Job) -> str:
+    return f"the time limit: the VMM did not end within {job.time_limit + LATE:.0f} seconds"
 
 
 # ---- engines for code that is not to be trusted ----
@@ -50,26 +57,36 @@ class _SandboxedKvm(Kvm):
             ended = sandbox.run(job.command, place, job.time_limit + LATE, job.stdin, is_witnessed=True)
             content = read_result(record)
         if ended.is_late:
-            raise _LateError(f"the time limit: the VMM did not end within {job.time_limit + LATE:.0f} seconds")
+            raise _LateError(_did_not_end(job))
         _agree(content, job, witness.seen_by_strace(ended.witness))
         return Outcome(ended.status, ended.output, ended.errors, {EVENTS: content})
 
 
 class _SvmSandbox(Svm):
-    """The emulated machine is the sandbox: it has no network, and each run has one that no other has used."""
+    """The emulated machine is the sandbox: it has no network, and each run has one that no other has used. In it the
+    VMM is not root, so that it cannot write to the kernel's trace."""
 
     def run(self, job: Job) -> Outcome:
-        return _traced(super().run(dataclasses.replace(job, vfio=True, trace=True)), job)
+        return _traced(super().run(dataclasses.replace(_confined(job), vfio=True)), job)
 
 
 class _VmxSandbox(Vmx):
     """The same, but with one machine for all runs of a lesson."""
 
     def run(self, job: Job) -> Outcome:
-        return _traced(super().run(dataclasses.replace(job, trace=True)), job)
+        return _traced(super().run(_confined(job)), job)
+
+
+def _confined(job: Job) -> Job:
+    limit = job.time_limit + LATE
+    confine = job.files["image.elf"].parents[2] / CONFINE
+    command = [f"./{CONFINE}", f"{limit:.0f}", EVENTS, *job.command]
+    return dataclasses.replace(job, command=command, files={**job.files, CONFINE: confine}, trace=True)
 
 
 def _traced(outcome: Outcome, job: Job) -> Outcome:
+    if outcome.status == CONFINE_TOO_LATE:
+        raise _LateError(_did_not_end(job))
     _agree(outcome.results.get(EVENTS, b""), job, witness.seen_by_kernel(outcome.trace))
     if not job.trace:
         outcome.trace = ""
@@ -78,10 +95,12 @@ def _traced(outcome: Outcome, job: Job) -> Outcome:
 
 def _agree(record: bytes, job: Job, seen: witness.Seen) -> None:
     seed = next(int(word.partition("=")[2]) for word in job.command if word.startswith("--seed="))
+    if (lines := record.count(b"\n") + record.count(b"\r")) > LINES_MOST:
+        raise DistrustedError(f"the record of the run (seed {seed}) is too long to be judged: {lines} lines")
     try:
         found = events.parse(record)
-    except (ArithmeticError, AttributeError, RecursionError, ValueError) as error:
-        raise DistrustedError(f"the record of the run (seed {seed}) is not one of the VMM's: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise DistrustedError(f"the record of the run (seed {seed}) is not one of the VMM's: {error!r:.200}") from None
     if found and (objection := witness.objection(found, seed, seen)):
         raise DistrustedError(f"the record of the run (seed {seed}) is not to be trusted: {objection}")
 
@@ -111,7 +130,8 @@ def student_files(lessons: Iterable[Lesson]) -> set[str]:
 def _make(tree: Path, lesson: Lesson) -> str:
     """Build a lesson in the sandbox; why it cannot be built, or ""."""
     halves = f"build/lessons/{lesson.name}"
-    targets = [f"{halves}/image.elf", f"{halves}/vmm" if (lesson.folder / "host.c").exists() else "build/vmm/vmm"]
+    vmm = f"{halves}/vmm" if (lesson.folder / "host.c").exists() else "build/vmm/vmm"
+    targets = [f"{halves}/image.elf", vmm, f"build/{CONFINE}"]
     ended = sandbox.build(["make", "-s", *targets], tree, tree / "build", BUILD_LIMIT)
     if ended.is_late:
         return f"the time limit: it was not built within {BUILD_LIMIT:.0f} seconds"
@@ -165,10 +185,10 @@ def nothing(lesson: Lesson, engine: str, seeds: list[int], problem: str) -> Less
     return LessonResult(lesson.number, lesson.name, lesson.title, engine, seeds, checks, line)
 
 
-def _apart(work: Callable[[], LessonResult], otherwise: Callable[[str], LessonResult]) -> LessonResult:
+def _apart(work: Callable[[], LessonResult], otherwise: Callable[[str], LessonResult], scratch: Path) -> LessonResult:
     """Do it in a process of its own, with limits: no record that a submission leaves takes the grader with it."""
     ours, its = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_in_process, args=(work, its))
+    process = multiprocessing.get_context("fork").Process(target=_in_process, args=(work, its, scratch))
     process.start()
     its.close()
     try:
@@ -184,7 +204,8 @@ def _apart(work: Callable[[], LessonResult], otherwise: Callable[[str], LessonRe
         process.join()
 
 
-def _in_process(work: Callable[[], LessonResult], answer: Connection) -> None:
+def _in_process(work: Callable[[], LessonResult], answer: Connection, scratch: Path) -> None:
+    tempfile.tempdir = str(scratch)  # of a process that is killed, somebody else must remove what it leaves
     resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY, JUDGE_MEMORY))
     answer.send(work())
 
@@ -218,7 +239,7 @@ def _grade_lesson(lesson: Lesson, tree: Path, engine: str, seeds: list[int]) -> 
     try:
         if problem := _make(tree, lesson):
             return otherwise(problem)
-        return _apart(lambda: _judged(lesson, tree / "build", engine, seeds), otherwise)
+        return _apart(lambda: _judged(lesson, tree / "build", engine, seeds), otherwise, tree.parent)
     except OSError as error:  # no space, no memory: there must be a result all the same
         return otherwise(f"the grader could not do its work: {error}")
 
