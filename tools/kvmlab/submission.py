@@ -41,6 +41,8 @@ def read(submission: str, wanted: Iterable[str], project: Path) -> dict[str, byt
     if path.is_dir():
         found = _from_folder(path, names)
     elif path.is_file():
+        if path.stat().st_size > ARCHIVE_MOST:  # a zip file's table of contents is read whole
+            raise RefusedError(f"{_shown(path.name)}: longer than {ARCHIVE_MOST >> 20} MiB")
         found = _from_zip(path, names) if zipfile.is_zipfile(path) else _from_tar(path, names)
     else:
         found = _from_git(*_revision(submission, project), names)
