@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 from variants import Shown, command
 
-from kvmlab import lesson, markers, runner, sandbox
+from kvmlab import grade as grade_
+from kvmlab import lesson, machine, markers, runner, sandbox, witness
 from kvmlab import submission as submissions
 from kvmlab.engine import kvm_problem
 from kvmlab.plugin import ROOT
@@ -82,6 +84,8 @@ class Submission:
         return grade(self.folder, engine, seeds, **environment)
 
 
+BOTH = pytest.mark.parametrize("engine", ["kvm", "svm"])
+
 INCLUDES = "\n".join(
     f"#include <{name}.h>"
     for name in "arpa/inet dirent errno fcntl netinet/in signal stdio stdlib string sys/ioctl sys/prctl sys/socket "
@@ -122,9 +126,10 @@ def test_a_solution_gets_all_points(submission: Submission, engines: dict[str, A
         assert (graded.points, graded.problem, graded.shown.status) == (TOTAL, "", 0), str(graded.shown)
 
 
-def test_what_is_not_written_gets_no_points(submission: Submission) -> None:
+@BOTH
+def test_what_is_not_written_gets_no_points(submission: Submission, engine: str) -> None:
     submission.write_nothing()
-    graded = submission.grade()
+    graded = submission.grade(engine)
     expect_nothing(graded)
     assert "not written yet" in graded.checks[0]["message"]
 
@@ -198,18 +203,22 @@ def lines_of(run: runner.Run) -> bytes:
     return b"".join(json.dumps(event.recorded).encode() + b"\n" for event in run.events)
 
 
-def test_printing_what_a_solution_prints_gets_nothing(submission: Submission, recorded: runner.Run) -> None:
+@BOTH
+def test_printing_what_a_solution_prints_gets_nothing(
+    submission: Submission, engine: str, recorded: runner.Run
+) -> None:
     submission.write_nothing()
     submission.attack(f'printf("%s", {c_string(recorded.output.encode())}); fflush(stdout);')
-    expect_nothing(submission.grade())
+    expect_nothing(submission.grade(engine))
 
 
-def test_a_verdict_that_the_submission_writes_counts_for_nothing(submission: Submission) -> None:
-    verdict = submission.grade().shown.output + "lesson 1: 12 of 12 points\n"
+@BOTH
+def test_a_verdict_that_the_submission_writes_counts_for_nothing(submission: Submission, engine: str) -> None:
+    verdict = "lesson 1: 12 of 12 points\n"
     submission.write_nothing()
     submission.attack(f"fputs({c_string(verdict.encode())}, stdout); fputs({c_string(verdict.encode())}, stderr);"
                       "fflush(NULL); _exit(0);")  # fmt: skip
-    expect_nothing(submission.grade(), "the VMM ended before it recorded anything")
+    expect_nothing(submission.grade(engine), "the VMM ended before it recorded anything")
 
 
 WRITE_RECORD = """
@@ -219,10 +228,11 @@ WRITE_RECORD = """
 """
 
 
-def test_the_events_of_another_run_are_not_believed(submission: Submission, recorded: runner.Run) -> None:
+@BOTH
+def test_the_events_of_another_run_are_not_believed(submission: Submission, engine: str, recorded: runner.Run) -> None:
     submission.write_nothing()
     submission.attack(WRITE_RECORD.replace("RECORD;", f"{c_string(lines_of(recorded))};"))
-    expect_nothing(submission.grade(), f"it does not begin with the start of a run with seed {SEED}")
+    expect_nothing(submission.grade(engine), f"it does not begin with the start of a run with seed {SEED}")
 
 
 @pytest.mark.parametrize("engine", ["kvm", "svm"])
@@ -244,7 +254,8 @@ def at_the_end(submission: Submission, function: str) -> None:
     submission.put(HOST, text.replace(half, "") + half.replace(".end = lab_end", f".end = {function}"))
 
 
-def test_events_that_a_host_half_adds_in_the_vmms_name_are_not_believed(submission: Submission) -> None:
+@BOTH
+def test_events_that_a_host_half_adds_in_the_vmms_name_are_not_believed(submission: Submission, engine: str) -> None:
     submission.append("""
 static void pretend(void) {
     lab_end();
@@ -255,7 +266,7 @@ static void pretend(void) {
 }
 """)
     at_the_end(submission, "pretend")
-    expect_nothing(submission.grade(), "not to be trusted")
+    expect_nothing(submission.grade(engine), "not to be trusted")
 
 
 BEHIND_THE_RECORDER = """
@@ -290,6 +301,76 @@ def test_an_ioctl_behind_the_recorders_back_is_found_out(
     graded = submission.grade(engine)
     expect_nothing(graded, "not to be trusted")
     assert words in graded.problem
+
+
+HIDDEN = """
+    struct sock_filter all[] = {{.code = BPF_RET | BPF_K, .k = SECCOMP_RET_ALLOW}};
+    struct sock_fprog filter = {1, all};
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+    if (CALL)
+        abort();
+"""
+
+
+@pytest.mark.parametrize(
+    "call", ["syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter)", "prctl(PR_SET_SECCOMP, 2, &filter)"]
+)
+def test_what_could_hide_system_calls_from_the_witness_is_found_out(submission: Submission, call: str) -> None:
+    submission.append("\n#include <linux/filter.h>\n#include <linux/seccomp.h>\n#include <sys/syscall.h>\n")
+    submission.attack(HIDDEN.replace("CALL", call))
+    expect_nothing(submission.grade("kvm"), "system calls were filtered")
+
+
+@BOTH
+def test_a_record_that_is_broken_off_hides_no_exits(submission: Submission, engine: str) -> None:
+    body = "lab_end(); fflush(NULL); for (int i = 0; i < 9; i++) ioctl(vcpu_file(), KVM_RUN, 0); raise(SIGKILL);"
+    submission.append(f"{INCLUDES}{BEHIND_THE_RECORDER}static void sneak(void) {{ {body} }}\n")
+    at_the_end(submission, "sneak")
+    expect_nothing(submission.grade(engine), "KVM_RUN came back")
+
+
+@pytest.mark.parametrize("name", ["vmm", "a b", "a\n", "x-9 [0] x 1.1:"])
+def test_a_thread_hides_from_the_kernels_trace_by_no_name(name: str) -> None:
+    line = f"{name:>16}-123     [000] ...1.    12.345678: kvm_userspace_exit: reason KVM_EXIT_IO (2)\n"
+    assert witness.seen_by_kernel(line * 2).returns == [("123", "IO")] * 2
+
+
+def test_in_an_emulated_machine_a_submission_cannot_write_to_the_witness_or_the_answers(submission: Submission) -> None:
+    submission.attack("""
+    int reached = 0;
+    const char *paths[] = {"/sys/kernel/tracing/trace_marker", "/sys/kernel/tracing/trace", "/dev/mem", "/dev/port",
+                           "/job/x", "/init"};
+    for (unsigned i = 0; i < sizeof paths / sizeof *paths; i++)
+        reached |= (open(paths[i], O_WRONLY | O_CREAT, 0666) >= 0) << i;
+    reached |= !iopl(3) << 10 | !mount("none", "/sys/kernel", "tmpfs", 0, NULL) << 11 | !unlink("events.jsonl") << 12;
+    fprintf(stderr, "vmm: reached %#x as %d\\n", (unsigned)reached, (int)geteuid());
+    _exit(0);
+""")
+    submission.put(HOST, "#include <sys/io.h>\n#include <sys/mount.h>\n" + (submission.folder / HOST).read_text())
+    expect_nothing(submission.grade("svm"), "reached 0 as 20000")
+
+
+RECORD = b'{"seq":0,"ns":0,"kind":"start","version":1,"seed":7}\n'
+HOSTILE = {
+    "objects": b"{}\n" * 9,
+    "empty lines": b"\n" * (1 << 24),
+    "carriage returns": RECORD + b"\r" * (1 << 24),
+    "lists": b"[1]\n",
+    "depth": RECORD + b"[" * (1 << 24),
+    "not a number": RECORD + b'{"seq":NaN,"kind":"exit","exit":Infinity}\n',
+    "a number of 16 million digits": RECORD + b'{"seq":"0x' + b"f" * (1 << 24) + b'"}\n',
+    "no kind": RECORD + b'{"seq":1}\n',
+    "a seed that is none": RECORD.replace(b"7", b"[]"),
+}
+
+
+@pytest.mark.parametrize("record", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_record_is_refused_in_a_line_before_it_costs_anything(record: bytes) -> None:
+    began = time.monotonic()
+    with pytest.raises(grade_.DistrustedError) as refused:
+        grade_._agree(record, machine.Job(["./vmm", "--seed=7"], {}), witness.Seen([]))
+    assert len(str(refused.value)) < 500
+    assert time.monotonic() - began < 5
 
 
 def test_tests_tools_makefile_and_vmm_of_the_submission_are_not_used(submission: Submission) -> None:
@@ -441,6 +522,7 @@ REFUSED = {
     "too long a file": (lambda home: zip_of({HOST: bytes(2 << 20)}, home), f"work.zip: {HOST}: longer than 1 MiB"),
     "a zip bomb": (lambda home: zip_of({"x": bytes(65 << 20)}, home), "work.zip: unpacked, longer than 64 MiB"),
     "a tar bomb": (lambda home: tar_of({"x": bytes(65 << 20)}, home), "work.tar: unpacked, longer than 64 MiB"),
+    "a long archive": (lambda home: long(zip_of(MINE, home)), "work.zip: longer than 64 MiB"),
     "many files": (lambda home: zip_of({f"{i}": b"" for i in range(10_001)}, home), "more than 10000 files"),
     "no archive": (lambda home: folder_of({"work": b"hello"}, home) / "work", "work: not a tar or zip file"),
     "a cut archive": (lambda home: cut(tar_of({HOST: os.urandom(9999)}, home)), "work.tar: not a tar or zip file"),
@@ -450,6 +532,11 @@ REFUSED = {
     "nothing of a lesson": (lambda home: folder_of({"x": b""}, home), "no file of a lesson is in it"),
     "two trees": (lambda home: folder_of({f"a/{HOST}": b"", f"b/{HOST}": b""}, home), "more than one tree"),
 }
+
+
+def long(path: Path) -> Path:
+    os.truncate(path, (64 << 20) + 1)
+    return path
 
 
 def cut(path: Path) -> Path:
@@ -537,14 +624,16 @@ def test_the_sandbox_can_be_written_to_nowhere_but_in_its_own_memory(where: str)
 # ---- submissions that do harm ----
 
 
-def test_a_submission_that_exits_in_a_constructor_gets_nothing(submission: Submission) -> None:
+@BOTH
+def test_a_submission_that_exits_in_a_constructor_gets_nothing(submission: Submission, engine: str) -> None:
     submission.attack("exit(0);")
-    expect_nothing(submission.grade(), "the VMM ended before it recorded anything")
+    expect_nothing(submission.grade(engine), "the VMM ended before it recorded anything")
 
 
-def test_a_submission_that_sleeps_gets_nothing_for_the_time_limit(submission: Submission) -> None:
+@BOTH
+def test_a_submission_that_sleeps_gets_nothing_for_the_time_limit(submission: Submission, engine: str) -> None:
     submission.attack("sleep(1000);")
-    expect_nothing(submission.grade("kvm"), "the time limit")
+    expect_nothing(submission.grade(engine), "the time limit")
 
 
 def test_a_submission_that_forks_without_end_is_ended_with_all_its_processes(submission: Submission) -> None:
@@ -552,6 +641,16 @@ def test_a_submission_that_forks_without_end_is_ended_with_all_its_processes(sub
     submission.attack(f'prctl(PR_SET_NAME, "{name}"); setsid(); for (;;) fork();')
     expect_nothing(submission.grade("kvm"), "the time limit")
     assert [path for path in Path("/proc").glob("[0-9]*/comm") if read_if_there(path) == f"{name}\n"] == []
+
+
+def test_on_svm_it_is_ended_too_and_the_next_lesson_is_graded_as_if_nothing_had_been(submission: Submission) -> None:
+    submission.attack("setsid(); for (;;) fork();")
+    for path in (ROOT / "lessons/02-paging").glob("*.c"):
+        submission.put(str(path.relative_to(ROOT)), path.read_text())
+    lessons = [lesson.load(ROOT / "lessons" / name) for name in ("01-vm-exit", "02-paging")]
+    first, second = grade_.grade(str(submission.folder), lessons, "svm", [SEED]).lessons
+    assert (first.points, first.problem.partition(":")[0]) == (0, "the time limit")
+    assert (second.points, second.problem) == (second.total, "")
 
 
 def read_if_there(path: Path) -> str:
@@ -577,10 +676,11 @@ FILL = """
 """
 
 
-def test_a_submission_that_fills_all_it_can_write_to_comes_to_a_limit(submission: Submission) -> None:
+@BOTH
+def test_a_submission_that_fills_all_it_can_write_to_comes_to_a_limit(submission: Submission, engine: str) -> None:
     before = os.statvfs("/tmp").f_bavail * os.statvfs("/tmp").f_bsize
     submission.attack(FILL)
-    expect_nothing(submission.grade("kvm"))
+    expect_nothing(submission.grade(engine))
     assert os.statvfs("/tmp").f_bavail * os.statvfs("/tmp").f_bsize > before - (1 << 30)
 
 
@@ -589,12 +689,14 @@ def test_an_initializer_of_10_gb_ends_the_compiler_and_not_the_grader(submission
     expect_nothing(submission.grade(), "build")
 
 
-def test_a_submission_that_kills_its_parents_ends_only_itself(submission: Submission) -> None:
+@BOTH
+def test_a_submission_that_kills_its_parents_ends_only_itself(submission: Submission, engine: str) -> None:
     submission.attack("kill(getppid(), SIGKILL); kill(1, SIGKILL); kill(-1, SIGKILL); raise(SIGKILL);")
-    expect_nothing(submission.grade("kvm"))
+    expect_nothing(submission.grade(engine))
 
 
-def test_a_submission_reaches_no_network(submission: Submission) -> None:
+@BOTH
+def test_a_submission_reaches_no_network(submission: Submission, engine: str) -> None:
     submission.attack("""
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(22)};
     inet_pton(AF_INET, "127.0.0.1", &to.sin_addr);
@@ -603,18 +705,19 @@ def test_a_submission_reaches_no_network(submission: Submission) -> None:
         fprintf(stderr, "vmm: no network: %s\\n", strerror(errno));
     _exit(0);
 """)
-    graded = submission.grade("kvm")
+    graded = submission.grade(engine)
     expect_nothing(graded, "no network")
     links = in_sandbox("cat /proc/net/dev").splitlines()[2:]
     assert [line.split(":")[0].strip() for line in links] == ["lo"]
     assert len(in_sandbox("cat /proc/net/route").splitlines()) == 1
 
 
-def test_a_submission_cannot_write_where_the_results_go(submission: Submission, tmp_path: Path) -> None:
+@BOTH
+def test_a_submission_cannot_write_where_the_results_go(submission: Submission, tmp_path: Path, engine: str) -> None:
     results = tmp_path / "results.json"
     results.touch()
     results.chmod(0o666)
     submission.attack(f'int file = open("{results}", O_WRONLY); _exit(file < 0 ? 3 : write(file, "{{}}", 2) != 2);')
-    arguments = [f"--submission={submission.folder}", "--lesson=1", f"--seeds={SEED}"]
+    arguments = [f"--submission={submission.folder}", "--lesson=1", f"--seeds={SEED}", f"--engine={engine}"]
     assert kvmlab("grade", *arguments, "--format=json", f"--output={results}").status == 1
     assert json.loads(results.read_text())["lessons"][0]["problem"]
