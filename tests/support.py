@@ -118,6 +118,16 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.01)
 
 
+def assume_different_owner(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let git take every repository for one of somebody else's, as in a container, or on a volume of a cluster:
+    git-config(1), safe.directory."""
+    there = os.environ["PATH"]
+    (home / "git").write_text('#!/bin/sh\nGIT_TEST_ASSUME_DIFFERENT_OWNER=1 PATH=$REAL exec git "$@"\n')
+    (home / "git").chmod(0o755)
+    monkeypatch.setenv("REAL", there)
+    monkeypatch.setenv("PATH", f"{home}:{there}")
+
+
 def of_session(engines: dict[str, Engine], name: str) -> Engine:
     """The engine of this name, if this session has it."""
     if name not in engines:

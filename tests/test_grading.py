@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import assume_different_owner
 from variants import Shown, command
 
 from kvmlab import grade as grade_
-from kvmlab import lesson, machine, markers, runner, sandbox, witness
+from kvmlab import lesson, machine, markers, repository, runner, sandbox, witness
 from kvmlab import submission as submissions
 from kvmlab.engine import kvm_problem
 from kvmlab.plugin import ROOT
@@ -455,6 +456,13 @@ def test_a_submission_is_a_revision_of_git(tmp_path: Path) -> None:
         taken("HEAD", tmp_path)
 
 
+def test_a_revision_may_lie_in_a_repository_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of(MINE, tmp_path / "alice")
+    repository.commit_all(tmp_path / "alice", "one")
+    assume_different_owner(tmp_path, monkeypatch)
+    assert taken(f"{tmp_path}/alice:HEAD") == MINE
+
+
 def test_what_does_not_exist_is_a_mistake_of_the_command_line(tmp_path: Path) -> None:
     shown = kvmlab("grade", f"--submission={tmp_path / 'none'}")
     assert shown.status == 2
@@ -552,6 +560,13 @@ def test_what_no_submission_needs_is_refused_in_a_line_that_names_it(
         taken(make(tmp_path / "x"))
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert str(tmp_path) not in str(refused.value), "where the submission lies is not the student's business"
+
+
+def test_of_a_submission_with_nothing_in_it_a_file_is_named_that_could_be(tmp_path: Path) -> None:
+    everything = grade_.student_files(lesson.load_all(ROOT / "lessons"))
+    with pytest.raises(submissions.RefusedError, match=f"^no file of a lesson is in it, such as {GUEST}$"):
+        submissions.read(str(tmp_path), everything, ROOT)
 
 
 def test_a_refused_submission_has_a_result_too(submission: Submission) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import one_line
+from support import assume_different_owner, one_line
 from variants import NAMES, Region, Shown, command, git, regions
 
 from kvmlab import handout, markers
@@ -182,17 +182,14 @@ def test_without_git_the_tree_is_written_all_the_same_and_one_line_says_what_is_
 def test_git_is_asked_also_in_a_tree_that_belongs_to_somebody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a container, or on a volume of a cluster: git-config(1), safe.directory."""
-    tree, there = tmp_path / "tree", os.environ["PATH"]
+    tree = tmp_path / "tree"
     tree.mkdir()
     for words in (["init", "-q"], ["add", "-A"]):
         (tree / "file").touch()
         git(tree, *words)
-    (tmp_path / "git").write_text('#!/bin/sh\nGIT_TEST_ASSUME_DIFFERENT_OWNER=1 PATH=$REAL exec git "$@"\n')
-    (tmp_path / "git").chmod(0o755)
-    monkeypatch.setenv("REAL", there)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{there}")
-    assert command("git", "ls-files", folder=tree, PATH=f"{tmp_path}:{there}", REAL=there).status == 128
+    assume_different_owner(tmp_path, monkeypatch)
+    path, real = os.environ["PATH"], os.environ["REAL"]
+    assert command("git", "ls-files", folder=tree, PATH=path, REAL=real).status == 128
     assert handout.files(tree) == ["file"]
 
 

@@ -9,21 +9,27 @@ class GitError(Exception):
     """Git is not there, or does not do it: one line."""
 
 
-def git(folder: Path, *arguments: str) -> str:
-    """What git says, in this folder's own repository."""
-    # Of git's own variables: a hook that calls us has set some, and they name another repository.
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    """Git in this folder's own repository, with these variables of git's."""
+    # A hook that calls us has set some, too, and they name another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     # Otherwise a tree of somebody else's is refused (that of root in a container, one on a volume of a cluster). Who
     # asks has run this program from it.
     command = ["git", "-C", str(folder), "-c", f"safe.directory={folder.resolve()}", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
+        return subprocess.run(command, capture_output=True, env=environment | variables, check=False)
     except FileNotFoundError:
         raise GitError("there is no git on this machine (Debian: apt-get install git)") from None
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What git says, in this folder's own repository."""
+    done = run(folder, *arguments)
+    output, errors = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        said = (errors.strip() or output.strip()).splitlines()
         raise GitError(f"git {arguments[0]}: {said[0] if said else f'status {done.returncode}'}")
-    return done.stdout
+    return output
 
 
 def commit_all(folder: Path, subject: str) -> None:

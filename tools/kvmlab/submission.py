@@ -20,7 +20,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
+from kvmlab import repository
 from kvmlab.lesson import UsageError
+from kvmlab.machine import MachineError
+from kvmlab.repository import GitError
 
 FILE_MOST = 1 << 20
 ARCHIVE_MOST = 64 << 20  # unpacked
@@ -31,7 +34,8 @@ _GIT = {"GIT_ALLOW_PROTOCOL": "none", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_REPLAC
 
 
 class RefusedError(Exception):
-    """There is something in the submission that nothing good comes from; says in one line what and where."""
+    """There is something in the submission that nothing good comes from; says in one line what and where. The student
+    reads it: it names what is in the submission, and nothing of the machine that it lies on."""
 
 
 def read(submission: str, wanted: Iterable[str], project: Path) -> dict[str, bytes]:
@@ -47,7 +51,8 @@ def read(submission: str, wanted: Iterable[str], project: Path) -> dict[str, byt
     else:
         found = _from_git(*_revision(submission, project), names)
     if not found:
-        raise RefusedError(f"{_shown(submission)}: no file of a lesson is in it, such as {min(names)}")
+        likely = min(names, key=lambda name: (not name.startswith("lessons/"), name))
+        raise RefusedError(f"no file of a lesson is in it, such as {likely}")
     return found
 
 
@@ -67,17 +72,17 @@ def _limited(content: bytes, name: str) -> bytes:
 
 def _from_folder(folder: Path, wanted: set[str]) -> dict[str, bytes]:
     places = [path for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}lessons/*/*.c")]
-    top = _top(wanted, [str(path.relative_to(folder)) for path in places], folder)
+    top = _top(wanted, [str(path.relative_to(folder)) for path in places])
     contents = {name: _read_inside(folder, f"{top}/{name}" if top else name) for name in sorted(wanted)}
     return {name: content for name, content in contents.items() if content is not None}
 
 
-def _top(wanted: set[str], names: Collection[str], where: object) -> str:
+def _top(wanted: set[str], names: Collection[str]) -> str:
     """The folder in which the project lies: "", or the one that everything is in."""
     tops = {name.removesuffix(f"/{end}") for name in names for end in wanted if name.endswith(f"/{end}")}
     whole = any(name in wanted for name in names)
     if len(tops) > 1 and not whole:
-        raise RefusedError(f"{where}: more than one tree is in it: {', '.join(sorted(map(_shown, tops)))}")
+        raise RefusedError(f"more than one tree is in it: {', '.join(sorted(map(_shown, tops)))}")
     return "" if whole or not tops else tops.pop()
 
 
@@ -138,8 +143,8 @@ class _Archive:
         if kind not in ("file", "folder"):
             raise RefusedError(f"{_shown(name)}: a {kind}")
 
-    def files(self, where: Path) -> dict[str, bytes]:
-        top = _top(self.wanted, self.kept, where)
+    def files(self) -> dict[str, bytes]:
+        top = _top(self.wanted, self.kept)
         inside = {name.removeprefix(f"{top}/" if top else ""): content for name, content in self.kept.items()}
         return {name: content for name, content in inside.items() if name in self.wanted}
 
@@ -186,7 +191,8 @@ def _naming(path: Path) -> Iterator[None]:
     except RefusedError as error:
         raise RefusedError(f"{path.name}: {error}") from None
     except _DAMAGED as error:
-        raise RefusedError(f"{path.name}: not a tar or zip file, or a damaged one ({_shown(str(error))})") from None
+        why = _shown(str(getattr(error, "strerror", None) or error))
+        raise RefusedError(f"{path.name}: not a tar or zip file, or a damaged one ({why})") from None
 
 
 def _from_tar(path: Path, wanted: set[str]) -> dict[str, bytes]:
@@ -198,7 +204,7 @@ def _from_tar(path: Path, wanted: set[str]) -> dict[str, bytes]:
     ):
         for member in archive:
             found.add(member.name, _kind_of_member(member), partial(_member, archive, member))
-    return found.files(path)
+    return found.files()
 
 
 def _kind_of_member(member: tarfile.TarInfo) -> str:
@@ -221,7 +227,7 @@ def _from_zip(path: Path, wanted: set[str]) -> dict[str, bytes]:
             raise RefusedError(f"unpacked, longer than {ARCHIVE_MOST >> 20} MiB")
         for info in archive.infolist():
             found.add(info.filename, _kind_of_entry(info), partial(_entry, archive, info))
-    return found.files(path)
+    return found.files()
 
 
 def _kind_of_entry(info: zipfile.ZipInfo) -> str:
@@ -244,23 +250,25 @@ def _entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 def _revision(submission: str, project: Path) -> tuple[Path, str]:
     """The repository, and the commit."""
     folder, colon, revision = submission.rpartition(":")
-    repository, name = (Path(folder), revision) if colon and Path(folder).is_dir() else (project, submission)
-    done = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    where, name = (Path(folder), revision) if colon and Path(folder).is_dir() else (project, submission)
+    done = _git(where, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if done.returncode:
         raise UsageError(f"SUBMISSION={_shown(submission)}: neither a folder nor a file nor a revision that git knows")
-    return repository, done.stdout.decode().strip()
+    return where, done.stdout.decode().strip()
 
 
-def _git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = ["git", "-C", str(repository), "-c", "core.fsmonitor=false", *arguments]
-    return subprocess.run(command, env=os.environ | _GIT, capture_output=True, check=False)
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return repository.run(folder, "-c", "core.fsmonitor=false", *arguments, **_GIT)
+    except GitError as error:
+        raise MachineError(str(error)) from None
 
 
-def _from_git(repository: Path, commit: str, wanted: set[str]) -> dict[str, bytes]:
+def _from_git(folder: Path, commit: str, wanted: set[str]) -> dict[str, bytes]:
     found = {}
-    listed = _git(repository, "ls-tree", "-z", "--full-tree", "-l", commit, "--", *sorted(wanted))
+    listed = _git(folder, "ls-tree", "-z", "--full-tree", "-l", commit, "--", *sorted(wanted))
     if listed.returncode:
-        raise RefusedError(f"git cannot read {commit}: {_shown(listed.stderr.decode(errors='replace').strip())}")
+        raise RefusedError(f"git cannot read {commit}: the repository is damaged")
     for entry in filter(None, listed.stdout.split(b"\0")):
         about, _, name = entry.decode(errors="surrogateescape").partition("\t")
         mode, _, blob, size = about.split()
@@ -268,5 +276,5 @@ def _from_git(repository: Path, commit: str, wanted: set[str]) -> dict[str, byte
             raise RefusedError(f"{_shown(name)}: a link or no file")
         if int(size) > FILE_MOST:
             raise RefusedError(f"{_shown(name)}: longer than {FILE_MOST >> 20} MiB")
-        found[name] = _git(repository, "cat-file", "blob", blob).stdout
+        found[name] = _git(folder, "cat-file", "blob", blob).stdout
     return found
