@@ -1,6 +1,7 @@
 """The formats of a grade: each is read back as its own reader would, also when a submission tries to break it."""
 
 import base64
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from kvmlab import __main__
 from kvmlab.formats import FORMATS, FormatError, formatted, from_json, one_line, safe, shown
-from kvmlab.grades import CheckResult, Grade, LessonResult
+from kvmlab.grades import NOT_JUDGED, CheckResult, Grade, LessonResult
 
 HOSTILE = {
     "control characters": "\x00\x07\x1b[2J\x1b]0;title\x07\x7f\x9b31m\r\b",
@@ -43,6 +44,12 @@ def grade(message: str = "expected 1\nseen     2", submission: str = "alice") ->
         LessonResult(2, "02-paging", "From gva to gpa: paging", "svm", [7], none, problem="it does not build"),
     ]
     return Grade(submission, lessons, 12.5)
+
+
+def unjudged() -> Grade:
+    none = LessonResult(3, "03-shadow-paging", "Shadows", "svm", [7], [CheckResult("a_check", 5, False)])
+    failed = dataclasses.replace(none, problem=NOT_JUDGED, is_fault_of_grader=True)
+    return dataclasses.replace(grade(), lessons=[grade().lessons[0], failed])
 
 
 def text(name: str, message: str = "expected 1\nseen     2") -> str:
@@ -81,6 +88,14 @@ def test_a_submission_with_a_hostile_name_has_its_format_too(name: str) -> None:
     assert len(odd.splitlines()) == len(plain.splitlines())
 
 
+@every_format
+def test_what_the_grader_failed_to_judge_is_not_called_wrong(name: str) -> None:
+    raw = formatted(unjudged(), name)
+    if name == "classroom":
+        raw = json.dumps([result for _, result in github_results(raw)])
+    assert NOT_JUDGED in raw
+
+
 def test_unsafe_characters_are_spelled_out_and_others_left_alone() -> None:
     assert shown("tab\t line\n \x1b[2J \udcff \u202e é ☃ 😀") == "tab\t line\n \\x1b[2J \\udcff \\u202e é ☃ 😀"
     assert one_line("a\n b\r\nc") == "a b\\r c"
@@ -89,10 +104,10 @@ def test_unsafe_characters_are_spelled_out_and_others_left_alone() -> None:
 # ---- the command ----
 
 
-def grade_command(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+def grade_command(monkeypatch: pytest.MonkeyPatch, *options: str, graded: Grade | None = None) -> int:
     """`kvmlab grade` of a submission that is graded already."""
     monkeypatch.setattr("kvmlab.grade.must_be_able", lambda *_: "engine: kvm")
-    monkeypatch.setattr("kvmlab.grade.grade", lambda *_: grade())
+    monkeypatch.setattr("kvmlab.grade.grade", lambda *_: graded or grade())
     monkeypatch.setattr(sys, "argv", ["kvmlab", "grade", "--submission=alice", "--lesson=1", *options])
     return __main__.main()
 
@@ -122,6 +137,14 @@ def test_a_grade_that_cannot_be_written_is_shown(
     assert shown.err.splitlines()[-1].endswith(f"'{tmp_path}/file/grade'")
 
 
+def test_a_fault_of_the_grader_is_written_and_has_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ["--format=json", f"--output={tmp_path}/grade"]
+    assert grade_command(monkeypatch, *options, graded=unjudged()) == 5
+    assert from_json((tmp_path / "grade").read_text()).is_fault_of_grader
+
+
 # ---- table ----
 
 
@@ -143,6 +166,16 @@ def test_the_table_shows_all_checks_and_why_one_failed() -> None:
     ]
 
 
+def test_the_table_has_no_verdict_where_nothing_was_judged() -> None:
+    assert formatted(unjudged(), "table").splitlines()[-5:] == [
+        "lesson 3: Shadows (svm, seeds 7)",
+        "  not judged: the grader failed, not the submission; tell your instructor",
+        "  ----  0/5  a check",
+        "lesson 3: not judged",
+        "total: 2 of 10 points",
+    ]
+
+
 # ---- JSON ----
 
 
@@ -152,11 +185,16 @@ def test_json_gives_the_same_grade_again(message: str) -> None:
     text("json", message).encode("ascii")
 
 
+def test_json_says_whose_fault_it_is() -> None:
+    assert from_json(formatted(unjudged(), "json")) == unjudged()
+
+
 def test_json_has_its_version_and_the_points() -> None:
     data = json.loads(text("json"))
     assert list(data) == ["version", "submission", "lessons", "seconds", "points", "total"]
-    assert (data["version"], data["points"], data["total"]) == (1, 2, 10)
-    fields = ["number", "name", "title", "engine", "seeds", "checks", "problem", "points", "total"]
+    assert (data["version"], data["points"], data["total"]) == (2, 2, 10)
+    fields = ["number", "name", "title", "engine", "seeds", "checks", "problem"]
+    fields += ["is_fault_of_grader", "points", "total"]
     assert list(data["lessons"][0]) == fields
     assert list(data["lessons"][0]["checks"][0]) == ["check", "worth", "passed", "message", "seed", "title", "points"]
 
@@ -171,7 +209,7 @@ BROKEN = {
     "a list": "[]",
     "no UTF-8": b"\xff",
     "too deep": "[" * 100_000,
-    "another version": broken(version=2),
+    "another version": broken(version=1),
     "no lessons": broken(lessons=None),
     "endless seconds": broken(seconds=[]),
     "a verdict that is a word": text("json").replace("true", '"false"', 1),

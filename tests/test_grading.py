@@ -1,13 +1,16 @@
 """`make grade`: what it takes from a submission, and that nothing but a solution gets points out of it."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvmlab_server import become_kvmlab
 from support import assume_different_owner
-from variants import Shown, command
+from variants import ENVIRONMENT, Shown, command
 
+from kvmlab import cache, lesson, machine, markers, repository, runner, sandbox, witness
 from kvmlab import grade as grade_
-from kvmlab import lesson, machine, markers, repository, runner, sandbox, witness
 from kvmlab import submission as submissions
-from kvmlab.engine import kvm_problem
+from kvmlab.engine import ENGINES, kvm_problem
+from kvmlab.grades import NOT_JUDGED
+from kvmlab.machine import Job, MachineError, Outcome
 from kvmlab.plugin import ROOT
 
 pytest_plugins = ["variants"]
@@ -53,6 +59,14 @@ class Graded:
     def problem(self) -> str:
         return str(self.result["lessons"][0]["problem"])
 
+    @property
+    def engine(self) -> str:
+        return str(self.result["lessons"][0]["engine"])
+
+    @property
+    def is_fault_of_grader(self) -> bool:
+        return self.result["lessons"][0]["is_fault_of_grader"] is True
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -82,7 +96,7 @@ class Submission:
     def grade(self, engine: str = "auto", seeds: str = str(SEED), **environment: str) -> Graded:
         if engine == "kvm" and (problem := kvm_problem()):
             pytest.skip(problem)
-        return grade(self.folder, engine, seeds, **environment)
+        return grade(forked, self.folder, engine, seeds, **environment)
 
 
 BOTH = pytest.mark.parametrize("engine", ["kvm", "svm"])
@@ -94,7 +108,9 @@ INCLUDES = "\n".join(
 )
 
 
-def grade(submission: Path, engine: str, seeds: str, **environment: str) -> Graded:
+def grade(
+    kvmlab: Callable[..., Shown], submission: Path, engine: str = "auto", seeds: str = str(SEED), **environment: str
+) -> Graded:
     arguments = [f"--submission={submission}", "--lesson=1", f"--engine={engine}", "--format=json"]
     shown = kvmlab("grade", *arguments, *([f"--seeds={seeds}"] if seeds else []), **environment)
     return Graded(json.loads(shown.output) if shown.output else {}, shown)
@@ -105,15 +121,37 @@ def kvmlab(*arguments: str, **environment: str) -> Shown:
     return command(sys.executable, "-m", "kvmlab", *arguments, folder=ROOT, **(environment | python))
 
 
+def forked(*arguments: str, **environment: str) -> Shown:
+    """The same in a child of this process: with what a test has put in place of the grader's parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: f"{folder}/{name}" for name in ("output", "errors")}
+        about = {"arguments": arguments, "folder": str(ROOT), "environment": ENVIRONMENT | environment}
+        child = os.fork()
+        if child == 0:
+            os._exit(become_kvmlab(about | paths))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return Shown(status, *(Path(path).read_text() for path in paths.values()))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree that every grading begins with, built once: it takes longer than all else."""
+    tree = tmp_path_factory.mktemp("prepared") / "tree"
+    grade_._prepare(tree)
+    return tree
+
+
 @pytest.fixture
-def submission(tmp_path: Path) -> Submission:
+def submission(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Submission:
+    monkeypatch.setattr(grade_, "_prepare", lambda tree: shutil.copytree(prepared, tree))
     made = Submission(tmp_path / "submission")
     made.solve()
     return made
 
 
 def expect_nothing(graded: Graded, problem: str = "") -> None:
-    assert (graded.points, graded.shown.status) == (0, 1), str(graded.shown)
+    assert (graded.points, graded.shown.status, graded.is_fault_of_grader) == (0, 1, False), str(graded.shown)
+    assert graded.engine in ENGINES
     assert problem in graded.problem, str(graded.shown)
     assert [check["worth"] for check in graded.checks] == list(lesson.load(ROOT / LESSON).points.values())
 
@@ -122,8 +160,8 @@ def expect_nothing(graded: Graded, problem: str = "") -> None:
 
 
 def test_a_solution_gets_all_points(submission: Submission, engines: dict[str, Any]) -> None:
-    for engine in engines:
-        graded = submission.grade(engine)
+    how = [grade(kvmlab, submission.folder), *(submission.grade(engine) for engine in engines)]
+    for graded in how:
         assert (graded.points, graded.problem, graded.shown.status) == (TOTAL, "", 0), str(graded.shown)
 
 
@@ -589,6 +627,7 @@ def test_the_compiler_sees_no_file_but_those_of_the_student_tree(submission: Sub
 @pytest.fixture
 def no_bubblewrap(tmp_path: Path) -> str:
     """A PATH on which bubblewrap is not allowed to do anything, as in a container."""
+    sandbox.problem.cache_clear()
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "bwrap").write_text("#!/bin/sh\necho bwrap: Operation not permitted >&2\nexit 1\n")
@@ -598,7 +637,7 @@ def no_bubblewrap(tmp_path: Path) -> str:
 
 def test_without_bubblewrap_an_emulated_machine_is_the_sandbox(submission: Submission, no_bubblewrap: str) -> None:
     graded = submission.grade(PATH=no_bubblewrap)
-    assert (graded.points, graded.result["lessons"][0]["engine"]) == (TOTAL, "svm"), str(graded.shown)
+    assert (graded.points, graded.engine) == (TOTAL, "svm"), str(graded.shown)
     assert "engine: svm (emulated AMD; kvm: no sandbox here: bwrap: Operation not permitted)" in graded.shown.errors
 
 
@@ -636,7 +675,114 @@ def test_the_sandbox_can_be_written_to_nowhere_but_in_its_own_memory(where: str)
     assert in_sandbox("touch /tmp/x /job/x && echo yes") == "yes\n"
 
 
+# ---- whose fault it is ----
+
+
+def expect_not_judged(graded: Graded, why: str) -> None:
+    """A result, in which the student reads nothing but whose fault it is."""
+    assert (graded.shown.status, graded.is_fault_of_grader) == (5, True), str(graded.shown)
+    assert (graded.points, graded.problem) == (0, NOT_JUDGED)
+    assert graded.engine in ENGINES
+    assert f"kvmlab: lesson 1 was not judged: {why}\n" in graded.shown.errors
+    assert why not in graded.shown.output
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
+
+
+LOCKED = PermissionError(errno.EACCES, "Permission denied", "/cache/svm.lock")
+
+
+def test_an_emulated_machine_that_cannot_be_started_is_the_graders_fault(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "ready", raising(LOCKED))
+    expect_not_judged(submission.grade("svm"), str(LOCKED))
+
+
+def test_a_sandbox_that_fails_also_without_the_submission_is_the_graders_fault(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bubblewrap says of it looks as if a VMM had ended before it began."""
+    monkeypatch.setattr(grade_._SandboxedKvm, "run", lambda *_: Outcome(1, errors=b"bwrap: no namespace\n"))
+    expect_not_judged(submission.grade("kvm"), "on kvm not even tests/hello.elf runs: bwrap: no namespace")
+
+
+@pytest.mark.parametrize("error", [MachineError("the emulator died"), PermissionError(errno.EACCES, "denied", "/x")])
+def test_an_emulated_machine_that_only_the_submission_breaks_is_its_fault(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch, error: Exception, tmp_path: Path
+) -> None:
+    its_own = machines_that_break(monkeypatch, error, tmp_path)
+    expect_nothing(submission.grade("svm"), "the emulator died" if isinstance(error, MachineError) else "denied")
+    assert its_own.read_text() == "broke\nbroke\n"
+
+
+def machines_that_break(monkeypatch: pytest.MonkeyPatch, error: Exception, home: Path, times: int = 2) -> Path:
+    """As often as that, with whatever is not the grader's own; what is left of it."""
+    log = home / "log"
+    log.touch()
+    run = grade_._SvmSandbox.run
+
+    def broken(engine: grade_._SvmSandbox, job: Job) -> Outcome:
+        if "tests" in job.files["image.elf"].parts or log.read_text().count("broke") == times:
+            return run(engine, job)
+        with log.open("a") as file:
+            print("broke", file=file)
+        raise error
+
+    monkeypatch.setattr(grade_._SvmSandbox, "run", broken)
+    return log
+
+
+def test_an_emulated_machine_that_breaks_once_costs_no_points(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machines_that_break(monkeypatch, MachineError("the emulator died"), tmp_path, times=1)
+    assert submission.grade("svm").points == TOTAL
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("part", ["_prepare", "_make", "_apart"])
+def test_a_full_disk_leaves_a_result_that_says_so(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(f"kvmlab.grade.{part}", raising(FULL))
+    expect_not_judged(submission.grade(), str(FULL))
+
+
+def test_a_fault_of_the_grader_with_one_lesson_leaves_the_others_their_results(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grade_, "_build", lambda _, of: raising(FULL)() if of.number == 1 else "it does not build")
+    lessons = lesson.load_all(ROOT / "lessons")[:2]
+    first, second = grade_.grade(str(submission.folder), lessons, "auto", [SEED]).lessons
+    assert [(each.problem, each.is_fault_of_grader) for each in (first, second)] == [
+        (NOT_JUDGED, True),
+        ("it does not build", False),
+    ]
+
+
+def test_a_compiler_that_fails_also_without_the_submission_is_the_graders_fault(
+    submission: Submission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = sandbox.Ended(2, errors=b"as: error: No space left on device")
+    monkeypatch.setattr(sandbox, "build", lambda *_: full)
+    expect_not_judged(submission.grade(), "nothing can be built: it does not build: as: error: No space left on device")
+
+
 # ---- submissions that do harm ----
+
+
+@pytest.fixture
+def short_limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the VMM's own and ten seconds, but two, or as many as the test says: it waits for them to be over."""
+    monkeypatch.setattr(grade_, "LATE", getattr(request, "param", 2) - machine.TIME_LIMIT)
 
 
 @BOTH
@@ -645,12 +791,14 @@ def test_a_submission_that_exits_in_a_constructor_gets_nothing(submission: Submi
     expect_nothing(submission.grade(engine), "the VMM ended before it recorded anything")
 
 
+@pytest.mark.usefixtures("short_limit")
 @BOTH
 def test_a_submission_that_sleeps_gets_nothing_for_the_time_limit(submission: Submission, engine: str) -> None:
     submission.attack("sleep(1000);")
     expect_nothing(submission.grade(engine), "the time limit")
 
 
+@pytest.mark.usefixtures("short_limit")
 def test_a_submission_that_forks_without_end_is_ended_with_all_its_processes(submission: Submission) -> None:
     name = f"bomb{os.getpid()}"
     submission.attack(f'prctl(PR_SET_NAME, "{name}"); setsid(); for (;;) fork();')
@@ -658,6 +806,8 @@ def test_a_submission_that_forks_without_end_is_ended_with_all_its_processes(sub
     assert [path for path in Path("/proc").glob("[0-9]*/comm") if read_if_there(path) == f"{name}\n"] == []
 
 
+@pytest.mark.parametrize("short_limit", [5], indirect=True)
+@pytest.mark.usefixtures("short_limit")
 def test_on_svm_it_is_ended_too_and_the_next_lesson_is_graded_as_if_nothing_had_been(submission: Submission) -> None:
     submission.attack("setsid(); for (;;) fork();")
     for path in (ROOT / "lessons/02-paging").glob("*.c"):
@@ -734,5 +884,5 @@ def test_a_submission_cannot_write_where_the_results_go(submission: Submission, 
     results.chmod(0o666)
     submission.attack(f'int file = open("{results}", O_WRONLY); _exit(file < 0 ? 3 : write(file, "{{}}", 2) != 2);')
     arguments = [f"--submission={submission.folder}", "--lesson=1", f"--seeds={SEED}", f"--engine={engine}"]
-    assert kvmlab("grade", *arguments, "--format=json", f"--output={results}").status == 1
+    assert forked("grade", *arguments, "--format=json", f"--output={results}").status == 1
     assert json.loads(results.read_text())["lessons"][0]["problem"]

@@ -220,15 +220,16 @@ def _grade(arguments: argparse.Namespace) -> int:
     print(f"to see the same again: SEEDS={','.join(map(str, seeds))}", file=sys.stderr, flush=True)
     graded = grade.grade(arguments.submission, chosen, arguments.engine, seeds)
     text = formats.formatted(graded, arguments.format)
+    status = 5 if graded.is_fault_of_grader else 0 if graded.points == graded.total else 1
     if not arguments.output:
         print(text, end="")
-        return 0 if graded.points == graded.total else 1
+        return status
     try:
         whole_file.write(arguments.output, text)
     except OSError:
         print(text, end="")  # that it took minutes to find out
         raise
-    return 0 if graded.points == graded.total else 1
+    return status
 
 
 def _graded_lessons(arguments: argparse.Namespace) -> list[Lesson]:

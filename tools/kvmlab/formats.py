@@ -18,7 +18,7 @@ LONGEST = 10_000
 # A step of GitHub's reporter gets a result in an environment variable, which Linux limits to 128 KiB: execve(2),
 # "Limits on size of arguments and environment". This holds for a lesson of 40 checks.
 LONGEST_ON_GITHUB = 500
-JSON_VERSION = 1
+JSON_VERSION = 2
 
 # What XML 1.0 does not allow ("Characters"), what moves a terminal's cursor, what ends a line or turns the
 # direction of the text around it.
@@ -78,10 +78,10 @@ def _lesson_lines(lesson: LessonResult) -> Iterator[str]:
     if lesson.problem:
         yield f"  {lesson.problem}"
     for check in lesson.checks:
-        yield f"  {'pass' if check.passed else 'FAIL'}  {check.points}/{check.worth}  {check.title}"
+        yield f"  {lesson.verdict(check)}  {check.points}/{check.worth}  {check.title}"
         if not check.passed and not lesson.problem:
             yield from (f"             {line}" for line in _why(lesson, check).splitlines())
-    yield f"lesson {lesson.number}: {lesson.points} of {lesson.total} points"
+    yield f"lesson {lesson.number}: {lesson.outcome}"
 
 
 # ---- our own JSON ----
@@ -92,10 +92,10 @@ class FormatError(Exception):
 
 
 def as_json(grade: Grade) -> str:
-    """{"version": 1, "submission", "seconds", "points", "total", "lessons": [{"number", "name", "title", "engine",
-    "seeds", "problem", "points", "total", "checks": [{"check", "title", "worth", "points", "passed", "message",
-    "seed"}]}]}: the fields of kvmlab.grades. A reader must refuse a version that it does not know; new fields
-    alone do not make a new version."""
+    """{"version": 2, "submission", "seconds", "points", "total", "lessons": [{"number", "name", "title", "engine",
+    "seeds", "problem", "is_fault_of_grader", "points", "total", "checks": [{"check", "title", "worth", "points",
+    "passed", "message", "seed"}]}]}: the fields of kvmlab.grades. A reader must refuse a version that it does not
+    know; new fields alone do not make a new version (but one that changes what the points mean does)."""
 
     def lesson(result: LessonResult) -> dict[str, Any]:
         checks = [vars(check) | {"title": check.title, "points": check.points} for check in result.checks]
@@ -119,14 +119,22 @@ def from_json(text: str | bytes) -> Grade:
 def _lesson(data: dict[str, Any]) -> LessonResult:
     name, title, engine = (str(data[key]) for key in ("name", "title", "engine"))
     seeds, checks = [int(seed) for seed in data["seeds"]], [_check(check) for check in data["checks"]]
-    return LessonResult(int(data["number"]), name, title, engine, seeds, checks, str(data["problem"]))
+    is_fault_of_grader = _bool(data, "is_fault_of_grader")
+    return LessonResult(
+        int(data["number"]), name, title, engine, seeds, checks, str(data["problem"]), is_fault_of_grader
+    )
 
 
 def _check(data: dict[str, Any]) -> CheckResult:
-    passed = data["passed"]
-    if not isinstance(passed, bool):  # "false" would count as true
-        raise TypeError(f"passed is {passed!r}")
+    passed = _bool(data, "passed")
     return CheckResult(str(data["check"]), int(data["worth"]), passed, str(data["message"]), int(data["seed"]))
+
+
+def _bool(data: dict[str, Any], name: str) -> bool:
+    value = data[name]
+    if not isinstance(value, bool):  # "false" would count as true
+        raise TypeError(f"{name} is {value!r}")
+    return value
 
 
 # ---- test results ----
@@ -194,7 +202,7 @@ def gradescope(grade: Grade) -> str:
         for number, check in enumerate(lesson.checks, start=1)
     ]
     runs = [
-        f"lesson {lesson.number}: {lesson.points} of {lesson.total} points on {lesson.engine}, "
+        f"lesson {lesson.number}: {lesson.outcome} on {lesson.engine}, "
         f"seeds {', '.join(map(str, lesson.seeds))}{lesson.problem and f': {lesson.problem}'}"
         for lesson in grade.lessons
     ]

@@ -4,9 +4,12 @@ Nothing that comes out of a sandbox is believed but the events, and these only i
 seen from outside (witness.py). tools/grading.md says what that is worth.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import resource
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -14,19 +17,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from kvmlab import engine as engines
-from kvmlab import events, handout, judge, markers, sandbox, submission, witness
+from kvmlab import events, handout, judge, markers, runner, sandbox, submission, witness
 from kvmlab.engine import CannotRun, Engine, Kvm, Svm, Unable, Vmx
-from kvmlab.grades import CheckResult, Grade, LessonResult
+from kvmlab.formats import one_line
+from kvmlab.grades import NOT_JUDGED, CheckResult, Grade, LessonResult
 from kvmlab.lesson import Lesson, load_all
 from kvmlab.machine import Job, MachineError, Outcome, read_result
 from kvmlab.plugin import ROOT
-from kvmlab.runner import EVENTS
+from kvmlab.runner import EVENTS, Built
 
 BUILD_LIMIT = 120.0
 # Beyond the VMM's own time limit, by which it ends the run itself if nothing keeps it from that.
 LATE = 10.0
 CONFINE = "confine"  # tools/sandbox/confine.c
 CONFINE_TOO_LATE = 124
+CONTROL = "tests/hello.elf"  # a guest that is nobody's submission
 LINES_MOST = 200_000  # of a record: lines of the VMM's own are longer than what this leaves for each
 JUDGE_LIMIT = 300.0
 JUDGE_MEMORY = 8 << 30
@@ -79,7 +84,7 @@ class _VmxSandbox(Vmx):
 
 def _confined(job: Job) -> Job:
     limit = job.time_limit + LATE
-    confine = job.files["image.elf"].parents[2] / CONFINE
+    confine = next(path for folder in job.files["image.elf"].parents if (path := folder / CONFINE).exists())
     command = [f"./{CONFINE}", f"{limit:.0f}", EVENTS, *job.command]
     return dataclasses.replace(job, command=command, files={**job.files, CONFINE: confine}, trace=True)
 
@@ -116,6 +121,14 @@ def _choose(lesson: Lesson, wanted: str) -> tuple[Engine, str]:
     return _SANDBOXED[chosen.name](), line
 
 
+def _name(lesson: Lesson, wanted: str) -> str:
+    """The engine that would be taken."""
+    try:
+        return _choose(lesson, wanted)[0].name
+    except CannotRun:
+        return wanted
+
+
 # ---- the tree that a submission is built in ----
 #
 # It is what a student starts from: where a file is not in the submission its stubs stand, and no solution lies where
@@ -127,11 +140,28 @@ def student_files(lessons: Iterable[Lesson]) -> set[str]:
     return {str(path.relative_to(ROOT)) for each in lessons for path in each.sources if markers.parts_of(path)}
 
 
-def _make(tree: Path, lesson: Lesson) -> str:
-    """Build a lesson in the sandbox; why it cannot be built, or ""."""
+def _prepare(tree: Path) -> None:
+    """Before anything of a submission is in it, build what is none of its: that this can be done, and that CONTROL
+    runs, says of what goes wrong later that it is the submission's doing."""
+    handout.copy(ROOT, tree)
+    (tree / "build").mkdir()
+    if problem := _make(tree, "build/vmm/vmm", "build/vmm/edu.a", f"build/{CONFINE}", f"build/{CONTROL}"):
+        raise MachineError(f"the lessons' own tree: {problem}")
+    shutil.rmtree(tree / "build" / "guest")  # where a file of the submission may come
+
+
+def _build(tree: Path, lesson: Lesson) -> str:
+    """Build a lesson; why the submission does not let it be built, or ""."""
     halves = f"build/lessons/{lesson.name}"
     vmm = f"{halves}/vmm" if (lesson.folder / "host.c").exists() else "build/vmm/vmm"
-    targets = [f"{halves}/image.elf", vmm, f"build/{CONFINE}"]
+    problem = _make(tree, f"{halves}/image.elf", vmm)
+    if problem and (ours := _make(tree, "--always-make", f"build/{CONFINE}")):
+        raise MachineError(f"nothing can be built: {ours}")
+    return problem
+
+
+def _make(tree: Path, *targets: str) -> str:
+    """Build this in the sandbox; why it cannot be built, or ""."""
     ended = sandbox.build(["make", "-s", *targets], tree, tree / "build", BUILD_LIMIT)
     if ended.is_late:
         return f"the time limit: it was not built within {BUILD_LIMIT:.0f} seconds"
@@ -144,27 +174,46 @@ def _make(tree: Path, lesson: Lesson) -> str:
 
 
 def _judged(lesson: Lesson, build: Path, engine: str, seeds: list[int]) -> LessonResult:
-    """On the first engine that turns out to be able to."""
-    is_again = False
+    """On the first engine that turns out to be able to. Where there is no run to judge, it is the submission's doing
+    if CONTROL runs in the same sandbox; of an emulated machine that breaks, if it does so once more."""
+    is_again, name = False, engine
     while True:
         try:
             chosen, _ = _choose(lesson, engine)
+            name = chosen.name
         except CannotRun as error:
-            return nothing(lesson, engine, seeds, str(error))
+            return nothing(lesson, name, seeds, str(error))
         try:
             return _result(lesson, chosen.name, seeds, judge.judge(lesson, build, chosen, seeds))
         except Unable as error:
             lesson = dataclasses.replace(lesson, not_on=lesson.not_on | {error.engine: error.reason})
-        except judge.HostError as error:
-            first = next(iter(str(error).splitlines()), "")
-            return nothing(lesson, chosen.name, seeds, f"the VMM ended before it recorded anything: {first}")
-        except (OSError, MachineError) as error:
-            # Of an emulated machine that breaks nobody knows whose fault it is.
-            if is_again or isinstance(error, (DistrustedError, _LateError)):
-                return nothing(lesson, chosen.name, seeds, str(error))
+        except _LateError as error:
+            return nothing(lesson, name, seeds, str(error))
+        except (judge.HostError, OSError, MachineError) as error:
+            if fault := _fault_of_grader(name, build):
+                return _not_judged(lesson, name, seeds, fault)
+            if is_again or isinstance(error, (DistrustedError, judge.HostError)):
+                return nothing(lesson, name, seeds, _problem(error))
             is_again = True
         finally:
             chosen.close()
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, judge.HostError):
+        return f"the VMM ended before it recorded anything: {next(iter(str(error).splitlines()), '')}"
+    # Not the name of a file, which is one of the grader's machine.
+    return str((isinstance(error, OSError) and error.strerror) or error)
+
+
+def _fault_of_grader(engine: str, build: Path) -> Exception | None:
+    """What goes wrong also without the submission."""
+    try:
+        with contextlib.closing(_SANDBOXED[engine]()) as chosen:
+            run = runner.run(Built(build / "vmm" / "vmm", build / CONTROL), engine=chosen)
+    except (OSError, MachineError) as error:
+        return error
+    return MachineError(f"on {engine} not even {CONTROL} runs: {run.errors}") if run.status else None
 
 
 def _result(lesson: Lesson, engine: str, seeds: list[int], verdicts: list[judge.Verdict]) -> LessonResult:
@@ -183,6 +232,12 @@ def nothing(lesson: Lesson, engine: str, seeds: list[int], problem: str) -> Less
     checks = [CheckResult(check, worth, passed=False) for check, worth in lesson.points.items()]
     line = " ".join(problem.split())[:500]
     return LessonResult(lesson.number, lesson.name, lesson.title, engine, seeds, checks, line)
+
+
+def _not_judged(lesson: Lesson, engine: str, seeds: list[int], error: Exception) -> LessonResult:
+    """The grader's own fault: why is for the instructor alone."""
+    print(f"kvmlab: lesson {lesson.number} was not judged: {one_line(str(error))}", file=sys.stderr, flush=True)
+    return dataclasses.replace(nothing(lesson, engine, seeds, NOT_JUDGED), is_fault_of_grader=True)
 
 
 def _apart(work: Callable[[], LessonResult], otherwise: Callable[[str], LessonResult], scratch: Path) -> LessonResult:
@@ -216,32 +271,37 @@ def _in_process(work: Callable[[], LessonResult], answer: Connection, scratch: P
 def grade(path: str, lessons: list[Lesson], engine: str, seeds: list[int]) -> Grade:
     """The grade of a submission."""
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch:
-        tree = Path(scratch) / "tree"
-        handout.copy(ROOT, tree)
-        (tree / "build").mkdir()
-        # All of them, whatever is graded: one lesson may use what students of another have written in the runtime.
-        try:
-            files = submission.read(path, student_files(load_all(ROOT / "lessons")), ROOT)
-        except submission.RefusedError as error:
-            results = [nothing(lesson, engine, seeds, f"refused: {error}") for lesson in lessons]
-        else:
-            for name, content in files.items():
-                (tree / name).write_bytes(content)
-            results = [_grade_lesson(lesson, tree, engine, seeds) for lesson in lessons]
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvmlab-") as scratch:
+            results = _grade_lessons(path, lessons, Path(scratch) / "tree", engine, seeds)
+    except submission.RefusedError as error:
+        results = [nothing(lesson, _name(lesson, engine), seeds, f"refused: {error}") for lesson in lessons]
+    except (OSError, MachineError) as error:  # no space, no memory: there must be a result all the same
+        results = [_not_judged(lesson, _name(lesson, engine), seeds, error) for lesson in lessons]
     return Grade(path, results, round(time.monotonic() - began, 1))
 
 
+def _grade_lessons(path: str, lessons: list[Lesson], tree: Path, engine: str, seeds: list[int]) -> list[LessonResult]:
+    # Of all lessons, whatever is graded: one may use what students of another have written in the runtime.
+    files = submission.read(path, student_files(load_all(ROOT / "lessons")), ROOT)
+    _prepare(tree)
+    for name, content in files.items():
+        (tree / name).write_bytes(content)
+    return [_grade_lesson(lesson, tree, engine, seeds) for lesson in lessons]
+
+
 def _grade_lesson(lesson: Lesson, tree: Path, engine: str, seeds: list[int]) -> LessonResult:
+    name = _name(lesson, engine)
+
     def otherwise(problem: str) -> LessonResult:
-        return nothing(lesson, engine, seeds, problem)
+        return nothing(lesson, name, seeds, problem)
 
     try:
-        if problem := _make(tree, lesson):
+        if problem := _build(tree, lesson):
             return otherwise(problem)
         return _apart(lambda: _judged(lesson, tree / "build", engine, seeds), otherwise, tree.parent)
-    except OSError as error:  # no space, no memory: there must be a result all the same
-        return otherwise(f"the grader could not do its work: {error}")
+    except (OSError, MachineError) as error:
+        return _not_judged(lesson, name, seeds, error)
 
 
 def must_be_able(lessons: list[Lesson], engine: str) -> str:

@@ -109,7 +109,7 @@ def grade_all(work: Work, jobs: int) -> list[Result]:
             progress.close()
     ordered = [results[item] for item in items]
     for item, result in zip(items, ordered, strict=True):
-        whole_file.write(work.file("pages", item, ".html"), page(result.name, result.grade, result.problem))
+        whole_file.write(work.file("pages", item, ".html"), page(result.name, result.grade))
     whole_file.write(work.results / "points.csv", points(ordered))
     return ordered
 
@@ -215,10 +215,12 @@ def _graded(work: Work, submission: Path, graders: Graders) -> Result:
             grade = from_json(output.read_bytes())
         except (FormatError, OSError) as error:
             return Result(submission.name, problem=_problem(status, error, said))
+        if grade.is_fault_of_grader:
+            return Result(submission.name, problem=_problem(status, None, said))
     return Result(submission.name, dataclasses.replace(grade, submission=submission.name))
 
 
-def _problem(status: int | None, error: Exception, said: IO[bytes]) -> str:
+def _problem(status: int | None, error: Exception | None, said: IO[bytes]) -> str:
     """What is wrong with what the grader wrote, or, where it gave up by itself, the last that it said."""
     if status is None:
         return f"the grader was ended: it took longer than {TOO_LONG / 60:.0f} minutes"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+NOT_JUDGED = "not judged: the grader failed, not the submission; tell your instructor"
+
 
 @dataclass(frozen=True)
 class CheckResult:
@@ -33,6 +35,14 @@ class LessonResult:
     seeds: list[int]
     checks: list[CheckResult]
     problem: str = ""  # one line: why nothing could be judged; then no check has passed
+    is_fault_of_grader: bool = False  # then the problem is NOT_JUDGED, and the points are none of the student's
+
+    def verdict(self, check: CheckResult) -> str:
+        return "----" if self.is_fault_of_grader else "pass" if check.passed else "FAIL"
+
+    @property
+    def outcome(self) -> str:
+        return "not judged" if self.is_fault_of_grader else f"{self.points} of {self.total} points"
 
     @property
     def points(self) -> int:
@@ -50,6 +60,10 @@ class Grade:
     submission: str
     lessons: list[LessonResult]
     seconds: float = 0.0
+
+    @property
+    def is_fault_of_grader(self) -> bool:
+        return any(lesson.is_fault_of_grader for lesson in self.lessons)
 
     @property
     def points(self) -> int:

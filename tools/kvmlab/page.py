@@ -15,10 +15,14 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2em 0; background
 """
 
 
-def page(name: str, grade: Grade | None, problem: str) -> str:
-    """For the submission of this name; without a grade there is a problem."""
+_UNGRADED = "<p>It could not be graded: tell your instructor, who has been told why.</p>"
+
+
+def page(name: str, grade: Grade | None) -> str:
+    """For the submission of this name. Why there is no grade is not the student's business: it names what is on the
+    machine of the grader."""
     title = escape(one_line(name))
-    body = list(_grade(safe(grade))) if grade else [f"<p>It could not be graded: {escape(one_line(problem))}</p>"]
+    body = list(_grade(safe(grade))) if grade else [_UNGRADED]
     head = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
