@@ -132,7 +132,7 @@ $(BUILD)/guest/%.o: $(GUEST)/%.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_COVERAGE) -c $< -o $@
 
-VMM_OBJECTS = $(patsubst %,$(BUILD)/vmm/%.o,vmm walk image statistics io gdb pic virtio_mmio virtqueue virtio_console)
+VMM_OBJECTS = $(patsubst %,$(BUILD)/vmm/%.o,vmm events walk image statistics io gdb pic virtio_mmio virtqueue virtio_console)
 
 $(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile
 	@mkdir -p $(@D)

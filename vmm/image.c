@@ -46,6 +46,7 @@ static struct {
     struct entry entry;
     struct symbol *symbols; /* by gva */
     size_t symbol_count;
+    bool symbols_are_loaded;
 } image;
 
 #define image_die(format, ...) die(STATUS_HOST, "%s: " format, image.path, ##__VA_ARGS__)
@@ -97,7 +98,7 @@ static bool image_elf_header(void) {
 
 void image_open(const char *path) {
     image.path = path;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY);
     struct stat status;
     if (fd < 0 || fstat(fd, &status) < 0)
         image_die("cannot read the image: %s", strerror(errno));
@@ -323,8 +324,10 @@ static void symbols_read(const Elf64_Shdr *table, const Elf64_Shdr *strings) {
         qsort(image.symbols, image.symbol_count, sizeof *image.symbols, symbol_order);
 }
 
-/* Symbols make messages better and nothing else: a damaged table is as good as none. */
-void symbols_load(void) {
+/* Symbols make messages better and nothing else: a damaged table is as good as none. Most runs without a record
+ * need none. */
+static void symbols_load(void) {
+    image.symbols_are_loaded = true;
     if (!image.is_64)
         return;
     for (unsigned i = 0; i < image.elf.e_shnum; i++) {
@@ -342,6 +345,8 @@ void symbols_load(void) {
 
 struct symbol_text symbol_at(gva_t gva) {
     struct symbol_text result = {""};
+    if (!image.symbols_are_loaded)
+        symbols_load();
     size_t low = 0;
     size_t high = image.symbol_count;
     while (low < high) {

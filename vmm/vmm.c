@@ -1,16 +1,16 @@
 /*
- * kvmlab's virtual machine monitor: one guest, one vCPU, one file. Beside it stand what can be read alone:
- * files of images (image.c), the walk from a gva to a gpa (walk.c), KVM's counters (statistics.c), interrupt
- * lines (pic.c), a thread for input (io.c), and the virtio console in three layers (virtio_mmio.c,
- * virtqueue.c, virtio_console.c).
+ * kvmlab's virtual machine monitor: one guest, one vCPU, one file. Beside it stand what can be read
+ * alone: files of images (image.c), the event record (events.c), the walk from a gva to a gpa (walk.c),
+ * KVM's counters (statistics.c), interrupt lines (pic.c), a thread for input (io.c), gdb's remote protocol
+ * (gdb.c), and the virtio console in three layers (virtio_mmio.c, virtqueue.c, virtio_console.c).
  *
  * How to read it. main(), at the end, is the table of contents: each line is one stage in the life
  * of a virtual machine. The sections stand in the order in which a machine comes to life, and each
  * uses what stands above it. On a first reading, skip Post-mortem.
  *
  *   Errors          one line, an exit status, and what to do next
- *   Events          the record of all that happened (include/events.h)
  *   Options         what the caller asked for
+ *   Record          what a run has cost, and how its record ends (include/events.h)
  *   Memory          the guest's RAM, and the one checked way to it
  *   Machine         /dev/kvm: the VM, its memory slot, its vCPU
  *   Entry state     the registers and the boot data that an entry point expects
@@ -74,7 +74,7 @@ static struct host_half half;
 /* ---------------------------------------------------------------------------------------------- */
 /* Errors */
 
-static void events_close(enum status status, const char *how);
+static void record_end(enum status status, const char *how);
 
 void die(enum status status, const char *format, ...) {
     va_list arguments;
@@ -84,7 +84,7 @@ void die(enum status status, const char *format, ...) {
     vfprintf(stderr, format, arguments);
     va_end(arguments);
     fputc('\n', stderr);
-    events_close(status, "host failure");
+    record_end(status, "host failure");
     exit(status);
 }
 
@@ -102,99 +102,10 @@ static int ioctl_or_die(int fd, unsigned long request, const char *name, const v
 #define KVM_STRUCT(fd, request, pointer) \
     ioctl_or_die(fd, request, #request, HOST_ARGUMENT(request, pointer))
 
-static uint64_t clock_ns(void) {
+uint64_t clock_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-/* ---------------------------------------------------------------------------------------------- */
-/* Events */
-
-/* What a run has cost so far. Kept here because both the record and the summary tell it. */
-static struct {
-    uint64_t started_ns;
-    uint64_t exits;
-    uint64_t guest_ns; /* inside KVM_RUN */
-    uint64_t vmm_ns;   /* between two KVM_RUN */
-} run_totals;
-
-static struct {
-    FILE *file;   /* NULL: nothing is recorded */
-    bool is_open; /* between event_begin() and event_end() */
-    const char *path;
-    uint64_t sequence;
-} events;
-
-static void events_open(const char *path) {
-    events.path = path;
-    events.file = fopen(path, "we");
-    if (!events.file)
-        die(STATUS_HOST, "cannot write the events to %s: %s", path, strerror(errno));
-}
-
-__attribute__((format(printf, 1, 2))) static void event_print(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    if (events.file)
-        vfprintf(events.file, format, arguments);
-    va_end(arguments);
-}
-
-void event_begin(const char *kind) {
-    events.is_open = true;
-    event_print("{\"seq\":%" PRIu64 ",\"ns\":%" PRIu64 ",\"kind\":\"%s\"", events.sequence++,
-                clock_ns() - run_totals.started_ns, kind);
-}
-
-void event_end(void) {
-    events.is_open = false;
-    event_print("}\n");
-}
-
-void event_number(const char *name, uint64_t value) {
-    event_print(",\"%s\":%" PRIu64, name, value);
-}
-
-void event_hex(const char *name, uint64_t value) {
-    event_print(",\"%s\":\"0x%" PRIx64 "\"", name, value);
-}
-
-/* Strings come from the guest, too: anything that is not plain ASCII is escaped byte by byte. */
-void event_string(const char *name, const char *value) {
-    event_print(",\"%s\":\"", name);
-    for (const char *c = value; *c; c++) {
-        bool is_plain = *c >= 0x20 && *c <= 0x7e && *c != '"' && *c != '\\';
-        event_print(is_plain ? "%c" : "\\u%04x", (uint8_t)*c);
-    }
-    event_print("\"");
-}
-
-void event_bytes(const char *name, const void *bytes, uint64_t size) {
-    event_print(",\"%s\":\"", name);
-    for (uint64_t i = 0; i < size; i++)
-        event_print("%02x", ((const uint8_t *)bytes)[i]);
-    event_print("\"");
-}
-
-static void events_close(enum status status, const char *how) {
-    gdb_end(status);
-    if (events.is_open)
-        event_end();
-    event_begin("end");
-    event_number("status", status);
-    event_string("how", how);
-    event_number("exits", run_totals.exits);
-    event_number("guest_ns", run_totals.guest_ns);
-    event_number("vmm_ns", run_totals.vmm_ns);
-    event_end();
-    if (!events.file)
-        return;
-    bool failed = ferror(events.file) != 0;
-    failed |= fclose(events.file) != 0;
-    events.file = NULL;
-    if (failed)
-        die(STATUS_HOST, "cannot write the events to %s: %s", events.path, strerror(errno));
 }
 
 /* ---------------------------------------------------------------------------------------------- */
@@ -328,7 +239,7 @@ static void option_take(int option, const char *value) {
     case 'k': options.kvm = value; break;
     case 'x': options.step_after = option_number("step-after", value, 0, NEVER - 1); break;
     case 'g': options.gdb = value; break;
-    case 'h': fputs(help_text, stdout); exit(fflush(stdout) ? STATUS_HOST : STATUS_OK);
+    case 'h': exit(fputs(help_text, stdout) < 0 || fflush(stdout) ? STATUS_HOST : STATUS_OK);
     default: /* getopt_long has said what is wrong, in one line */ exit(STATUS_USAGE);
     }
 }
@@ -348,6 +259,32 @@ static void options_parse(int argc, char **argv) {
 }
 
 bool notifications_use_ioeventfd(void) { return options.ioeventfd; }
+
+/* ---------------------------------------------------------------------------------------------- */
+/* Record */
+
+/* What a run has cost so far. Kept here because both the record and the summary tell it. */
+static struct {
+    uint64_t started_ns;
+    uint64_t exits;
+    uint64_t guest_ns; /* inside KVM_RUN */
+    uint64_t vmm_ns;   /* between two KVM_RUN */
+} run_totals;
+
+static void record_end(enum status status, const char *how) {
+    gdb_end(status);
+    event_end(); /* one that a failure has left open */
+    event_begin("end");
+    event_number("status", status);
+    event_string("how", how);
+    event_number("exits", run_totals.exits);
+    event_number("guest_ns", run_totals.guest_ns);
+    event_number("vmm_ns", run_totals.vmm_ns);
+    event_end();
+    int error = events_close();
+    if (error)
+        die(STATUS_HOST, "cannot write the events to %s: %s", options.events, strerror(error));
+}
 
 /* ---------------------------------------------------------------------------------------------- */
 /* Memory */
@@ -409,11 +346,10 @@ static void kvm_open(void) {
     if (machine.kvm < 0)
         die(STATUS_HOST, "cannot open %s: %s%s", options.kvm, strerror(errno),
             errno == EACCES ? "; add yourself to the group kvm: sudo usermod -aG kvm $USER" : "");
-    int version = ioctl(machine.kvm, KVM_GET_API_VERSION, NULL);
-    if (version != KVM_API_VERSION)
-        die(STATUS_HOST, "%s is not KVM (API version %d, not %d)", options.kvm, version,
-            KVM_API_VERSION);
-    int synced = KVM_NUMBER(machine.kvm, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
+    /* Who has this is KVM, and younger than version 12 of its API, which is the last. */
+    int synced = ioctl(machine.kvm, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
+    if (synced < 0)
+        die(STATUS_HOST, "%s is not KVM: %s", options.kvm, strerror(errno));
     if ((synced & KVM_SYNC_X86_VALID_FIELDS) != KVM_SYNC_X86_VALID_FIELDS)
         die(STATUS_HOST, "this KVM lacks KVM_CAP_SYNC_REGS; Linux has it since 4.17");
 }
@@ -441,11 +377,9 @@ static void slot_set(enum slot slot, gpa_t gpa, void *hva, uint64_t size) {
 
 static void vm_create(void) {
     machine.vm = KVM_NUMBER(machine.kvm, KVM_CREATE_VM, 0);
-    /* Intel CPUs without unrestricted guests need scratch pages above all of RAM: one for an identity
-     * map, three for a task state. */
-    uint64_t identity_map = 0xfeffc000;
-    KVM_STRUCT(machine.vm, KVM_SET_IDENTITY_MAP_ADDR, &identity_map);
-    KVM_NUMBER(machine.vm, KVM_SET_TSS_ADDR, identity_map + PAGE_SIZE);
+    /* Intel CPUs without unrestricted guests need scratch pages above all of RAM: three for a task
+     * state, and one for an identity map, which by default is the page before these. */
+    KVM_NUMBER(machine.vm, KVM_SET_TSS_ADDR, 0xfffbd000);
     irqchip_create();
     slot_set(SLOT_RAM, 0, memory.hva, memory.size);
 }
@@ -456,7 +390,8 @@ static void vcpu_set_cpuid(void) {
     static struct {
         struct kvm_cpuid2 header;
         struct kvm_cpuid_entry2 entries[CPUID_ENTRIES_MAX];
-    } cpuid = {.header.nent = CPUID_ENTRIES_MAX - 1};
+    } cpuid;
+    cpuid.header.nent = CPUID_ENTRIES_MAX - 1;
     KVM_STRUCT(machine.kvm, KVM_GET_SUPPORTED_CPUID, &cpuid.header);
     uint32_t kept = 0;
     for (uint32_t i = 0; i < cpuid.header.nent; i++) {
@@ -481,7 +416,8 @@ static void vcpu_set_cpuid(void) {
 static void vcpu_create(void) {
     machine.vcpu = KVM_NUMBER(machine.vm, KVM_CREATE_VCPU, 0);
     size_t run_size = (size_t)KVM_NUMBER(machine.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-    machine.run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, machine.vcpu, 0);
+    machine.run =
+        mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, machine.vcpu, 0);
     if (machine.run == MAP_FAILED)
         die(STATUS_HOST, "cannot map the vCPU: %s", strerror(errno));
     vcpu_set_cpuid();
@@ -1031,8 +967,10 @@ static void replay_copy_fault(FILE *record) {
     while (getline(&line, &size, record) > 0) {
         char *fields = strstr(line, kind);
         char *end = strrchr(line, '}');
-        if (fields && end)
-            event_print("%.*s", (int)(end - fields - (sizeof kind - 1)), fields + sizeof kind - 1);
+        if (fields && end) {
+            *end = '\0';
+            event_text(fields + sizeof kind - 1);
+        }
     }
     free(line);
 }
@@ -1226,7 +1164,7 @@ static void bus_unknown(enum bus_space space, struct access *access) {
 
 static void exit_record_access(enum bus_space space, const struct access *access,
                                const struct bus_range *range) {
-    if (!events.file)
+    if (!events_are_recorded())
         return;
     exit_record_begin();
     event_hex(bus_space_names[space], access->address);
@@ -1523,8 +1461,7 @@ static _Noreturn void leave_at_once(enum status status, const char *message) {
     struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
     if (poll(&output, 1, 0) == 1) /* a pipe that nobody reads would keep us here */
         fflush_unlocked(stdout);
-    if (events.file)
-        fflush_unlocked(events.file);
+    events_flush();
     (void)!write(STDERR_FILENO, message, strlen(message));
     void *callers[16];
     char text[24 * LENGTH(callers)] = " [called from";
@@ -1602,7 +1539,11 @@ static void signals_install(void) {
     vcpu_thread.id = pthread_self();
     sigaction(SIGUSR1, &(struct sigaction){.sa_handler = on_kick, .sa_flags = SA_RESTART}, NULL);
     signal(SIGPIPE, SIG_IGN); /* write errors are reported where they happen */
-#ifndef __SANITIZE_ADDRESS__  /* which reports crashes itself */
+}
+
+/* For those who write a host half, and for a terminal that must be restored. */
+static void crash_signals_install(void) {
+#ifndef __SANITIZE_ADDRESS__ /* which reports crashes itself */
     struct sigaction crash = {.sa_sigaction = on_crash, .sa_flags = SA_SIGINFO | SA_ONSTACK};
     static char stack[16384]; /* an endless recursion has used up the other one */
     sigaltstack(&(stack_t){.ss_sp = stack, .ss_size = sizeof stack}, NULL);
@@ -1631,7 +1572,7 @@ static void stop_end(void) {
  * the host half has changed since then must be asked for. */
 static void entry_record(void) {
     struct kvm_vcpu_events vcpu = machine.run->s.regs.events;
-    if (!events.file)
+    if (!events_are_recorded())
         return;
     if (machine.is_changed)
         KVM_STRUCT(machine.vcpu, KVM_GET_VCPU_EVENTS, &vcpu);
@@ -1874,7 +1815,7 @@ int host_vm_ioctl(unsigned long request, const char *name, void *argument) {
 
 /* KVM counts for its own ends, and does not stop: what one run leaves is not what the next will. */
 void host_statistics(const char *when) {
-    if (!events.file)
+    if (!events_are_recorded())
         return;
     event_begin("statistics");
     event_string("when", when);
@@ -1885,7 +1826,7 @@ void host_statistics(const char *when) {
 
 void host_todo(const char *location, const char *task) {
     say_todo(location, task);
-    events_close(STATUS_FAILED, "todo");
+    record_end(STATUS_FAILED, "todo");
     exit(STATUS_FAILED);
 }
 
@@ -1901,7 +1842,7 @@ void host_cannot(const char *what) {
     event_string("message", what);
     event_end();
     say_cannot(what);
-    events_close(STATUS_CANNOT, "cannot");
+    record_end(STATUS_CANNOT, "cannot");
     exit(STATUS_CANNOT);
 }
 
@@ -1928,17 +1869,18 @@ int main(int argc, char **argv) {
     machine.note = machine_choose(image_machine());
     memory_create(machine.note.memory_mib * MIB);
     machine.entry = image_load();
-    symbols_load();
 
     kvm_open();
     vm_create();
     vcpu_create();
     vcpu_set_entry_state();
 
-    if (options.events)
-        events_open(options.events);
+    if (options.events && !events_open(options.events, run_totals.started_ns))
+        die(STATUS_HOST, "cannot write the events to %s: %s", options.events, strerror(errno));
     record_start();
     signals_install();
+    if (&host_half || machine.note.devices & MACHINE_DEVICE_VIRTIO_CONSOLE)
+        crash_signals_install();
     setvbuf(stdout, NULL, _IOLBF, PIPE_BUF); /* what a pipe that has room takes at once */
     io_lock();
     devices_create();
@@ -1953,14 +1895,15 @@ int main(int argc, char **argv) {
     }
     vm_run();
     host_statistics("end");
-    run_limit_start();
-    if (half.end)
+    if (half.end) {
+        run_limit_start();
         half.end();
-    time_limit_set(0);
+        time_limit_set(0);
+    }
 
     devices_destroy();
     if (options.summary && options.step_after == NEVER) /* single steps would be counted as exits */
         summary_print();
-    events_close(outcome.status, outcome.how);
+    record_end(outcome.status, outcome.how);
     return outcome.status;
 }

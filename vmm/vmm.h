@@ -65,6 +65,20 @@ void run_limit_start(void);
 #define BOOT_DATA_GPA UINT64_C(0x6000)
 #define BOOT_DATA_SIZE UINT64_C(0x2000)
 
+uint64_t clock_ns(void); /* the host's monotonic clock */
+
+/* ---- events.c: the event_*() of host.h, and ---- */
+
+/* Record what happens in this file, times since this moment; false, with errno, if it cannot be written. */
+bool events_open(const char *path, uint64_t started_ns);
+bool events_are_recorded(void);
+/* Text that is part of an event as it stands. */
+void event_text(const char *text);
+/* Write what is recorded so far; a signal handler may, too: at worst the last line has no end. */
+void events_flush(void);
+/* The errno of the first write that has failed, or 0. */
+int events_close(void);
+
 /* ---- walk.c: host_walk() of host.h, and ---- */
 
 /* Copy out of the guest's current address space; false if not all of it is mapped memory. */
@@ -86,7 +100,6 @@ void image_open(const char *path);
 struct machine_note image_machine(void);
 /* Put the image into guest memory and find its entry point. */
 struct entry image_load(void);
-void symbols_load(void);
 
 /* Returned by value, so that one message can hold several. */
 struct symbol_text {
