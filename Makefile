@@ -84,10 +84,15 @@ setup-%:
 # ---- how it is built ----
 
 WARNINGS = -Wall -Wextra -Werror -Wshadow -Wvla -Wstrict-prototypes -Wmissing-prototypes
-# No sibling calls: a crash in a function of the C library leads back to the line that called it.
-VMM_CFLAGS = -std=gnu11 -O2 -g -fno-pie -fno-optimize-sibling-calls -D_GNU_SOURCE $(WARNINGS) -Iinclude
-# The same binary runs here and in an emulated machine, where there is no other file than it.
-VMM_LDFLAGS = -static -pthread
+# Small is quick here: a page that is touched for the first time costs as much as five system calls. No sibling calls:
+# a crash in a function of the C library leads back to the line that called it.
+VMM_CFLAGS = -std=gnu11 -Os -g -fno-pie -fno-optimize-sibling-calls -D_GNU_SOURCE $(WARNINGS) -Iinclude \
+	-ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables
+# The same binary runs here and in an emulated machine, where there is no other file than it. musl makes it small and
+# quick to start; of Linux's own headers it has none.
+VMM_CC = musl-gcc -isystem $(BUILD)/linux-headers
+VMM_LDFLAGS = -static -no-pie -Wl,--gc-sections,-z,noseparate-code
+LINUX_HEADERS = $(BUILD)/linux-headers/made
 # No SSE or x87 in the guest (nobody saves their registers in a trap), no red zone (a trap would
 # overwrite it), frame pointers for the VMM's backtraces.
 GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -I$(GUEST) -ffreestanding -fno-pic -fno-pie \
@@ -96,6 +101,11 @@ GUEST_CFLAGS = -std=gnu11 -O2 -g $(WARNINGS) -Iinclude -I$(GUEST) -ffreestanding
 GUEST_LDFLAGS = -nostdlib -static -no-pie -Wl,-z,noexecstack,-z,max-page-size=4096,--build-id=none \
 	-Wl,--no-warn-rwx-segments -T $(GUEST)/image.ld
 
+# The libraries of these are for glibc.
+ifneq ($(SANITIZE)$(COVERAGE),)
+VMM_CC = $(CC)
+LINUX_HEADERS =
+endif
 ifdef SANITIZE
 VMM_CFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all
 VMM_LDFLAGS = -no-pie -pthread
@@ -132,25 +142,30 @@ $(BUILD)/guest/%.o: $(GUEST)/%.c $(GUEST_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_COVERAGE) -c $< -o $@
 
+$(BUILD)/linux-headers/made:
+	@mkdir -p $(@D)
+	ln -sfn $(wildcard /usr/include/linux /usr/include/asm-generic /usr/include/asm /usr/include/$(shell $(CC) -print-multiarch)/asm) $(@D)
+	@touch $@
+
 VMM_OBJECTS = $(patsubst %,$(BUILD)/vmm/%.o,vmm events walk image statistics io gdb pic virtio_mmio virtqueue virtio_console)
 
-$(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile
+$(VMM_OBJECTS): $(BUILD)/vmm/%.o: vmm/%.c vmm/vmm.h $(HEADERS) Makefile | $(LINUX_HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(VMM_CFLAGS) -c $< -o $@
+	$(VMM_CC) $(VMM_CFLAGS) -c $< -o $@
 
 # A device of lessons that is not one of the machine's: linked where a host half calls it.
 EDU_OBJECTS = $(patsubst %,$(BUILD)/vmm/edu/%.o,client messages model process shared_memory trace vfio_pci)
 
-$(EDU_OBJECTS): $(BUILD)/vmm/edu/%.o: vmm/edu/%.c $(HEADERS) Makefile
+$(EDU_OBJECTS): $(BUILD)/vmm/edu/%.o: vmm/edu/%.c $(HEADERS) Makefile | $(LINUX_HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(VMM_CFLAGS) -c $< -o $@
+	$(VMM_CC) $(VMM_CFLAGS) -c $< -o $@
 
 $(BUILD)/vmm/edu.a: $(EDU_OBJECTS)
 	@rm -f $@
 	ar rcs $@ $^
 
 $(BUILD)/vmm/vmm: $(VMM_OBJECTS)
-	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
+	$(VMM_CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
 # What a submission runs in where the machine is emulated.
 $(BUILD)/confine: tools/sandbox/confine.c Makefile
@@ -165,17 +180,27 @@ $(BUILD)/lessons/%/guest.o: $(LESSONS)/%/guest.c $(GUEST_HEADERS) Makefile
 $(BUILD)/lessons/%/image.elf: $(BUILD)/lessons/%/guest.o $(RUNTIME) $(GUEST)/image.ld
 	$(CC) $(GUEST_LDFLAGS) $(filter %.o %.a,$^) $(GUEST_LIBS) -o $@
 
-$(BUILD)/lessons/%/host.o: $(LESSONS)/%/host.c $(HEADERS) Makefile
+# -Og: what is said of a crash, or by gdb, is to be about the line that the student wrote.
+$(BUILD)/lessons/%/host.o: $(LESSONS)/%/host.c $(HEADERS) Makefile | $(LINUX_HEADERS)
 	@mkdir -p $(@D)
-	$(CC) $(VMM_CFLAGS) -c $< -o $@
+	$(VMM_CC) $(VMM_CFLAGS) -Og -c $< -o $@
 
 $(BUILD)/lessons/%/vmm: $(BUILD)/lessons/%/host.o $(VMM_OBJECTS) $(BUILD)/vmm/edu.a
-	$(CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
+	$(VMM_CC) $(VMM_CFLAGS) $(VMM_LDFLAGS) $^ -o $@
 
 # The guests of the tests: one file each.
 $(BUILD)/tests/%.elf: tests/guests/%.c $(RUNTIME) $(GUEST_HEADERS) $(GUEST)/image.ld Makefile
 	@mkdir -p $(@D)
 	$(CC) $(GUEST_CFLAGS) $(GUEST_LDFLAGS) $< $(RUNTIME) $(GUEST_LIBS) -o $@
+
+# Tests come between the VMM and the C library, by a library of their own: what is linked statically lets nobody.
+$(BUILD)/tests/shims/vmm: $(VMM_OBJECTS)
+	@mkdir -p $(@D)
+	$(VMM_CC) $(VMM_CFLAGS) -no-pie $^ -o $@
+
+$(BUILD)/tests/shims/kvm.so: tests/shims/kvm.c | $(LINUX_HEADERS)
+	@mkdir -p $(@D)
+	$(VMM_CC) -D_GNU_SOURCE $(WARNINGS) -shared -fPIC $< -o $@
 
 ALL_LESSONS = $(notdir $(patsubst %/,%,$(dir $(wildcard $(LESSONS)/*/lesson.toml))))
 HOST_LESSONS = $(notdir $(patsubst %/,%,$(dir $(wildcard $(LESSONS)/*/host.c))))

@@ -20,6 +20,7 @@
 #define PTE_NO_EXECUTE (UINT64_C(1) << 63)
 #define PTE_ADDRESS UINT64_C(0x000ffffffffff000) /* bits 51:12 */
 
+#undef PAGE_SIZE /* of the host, in some <limits.h> */
 #define PAGE_SIZE UINT64_C(4096)
 #define LARGE_PAGE_SIZE (512 * PAGE_SIZE)
 

@@ -42,11 +42,16 @@ def one_line(errors: bytes | str, *phrases: str) -> None:
 
 
 def make_half(build: Path, target: str, lessons: Path = HOSTS) -> Path:
-    """Build a part of tests/hosts, which is laid out like lessons, with the flags of the rest of this build."""
+    """Build a part of tests/hosts, which is laid out like lessons."""
+    return make(build, f"lessons/{target}", lessons)
+
+
+def make(build: Path, target: str, lessons: Path = HOSTS) -> Path:
+    """Build this, with the flags of the rest of this build."""
     flags = ["SANITIZE=1"] if build.name == "asan" else []
     if (build / "vmm" / "vmm.gcno").exists():
         flags.append("COVERAGE=1")
-    built = build / "lessons" / target
+    built = build / target
     with (build / "lock").open("w") as lock:  # workers of xdist share the build
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run(["make", "-s", *flags, f"BUILD={build}", f"LESSONS={lessons}", built], cwd=ROOT, check=True)

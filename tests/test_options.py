@@ -55,7 +55,7 @@ USAGE_ERRORS: dict[str, tuple[list[str], str]] = {
     "no image": ([], "which image?"),
     "two images": (["one", "two"], "two is one too many"),
     "unknown option": (["--frobnicate", "image"], "frobnicate"),
-    "unknown letter": (["-Z", "image"], "'Z'"),
+    "unknown letter": (["-Z", "image"], "Z"),
     "option without its value": (["--memory"], "memory"),
     "value for an option that takes none": (["--summary=yes", "image"], "summary"),
     "abbreviation of several": (["--s=1", "image"], "ambiguous"),

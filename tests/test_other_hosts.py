@@ -2,15 +2,13 @@
 
 import os
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import Call, Guest, one_line, only_plain
+from support import Call, Guest, make, one_line, only_plain
 
 from kvmlab import events
-from kvmlab.plugin import ROOT
 
 Environment = Callable[[str], dict[str, str]]
 
@@ -19,21 +17,15 @@ pytestmark = only_plain
 
 
 @pytest.fixture(scope="session", params=["plain"])
-def vmm(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vmm(build: Path) -> Path:
     """The VMM linked dynamically: no library comes between a static one and the C library."""
-    path = tmp_path_factory.mktemp("dynamic") / "vmm"
-    objects = (build / "vmm").glob("*.o")
-    subprocess.run(["gcc", "-no-pie", "--coverage", *objects, "-o", path], check=True)
-    return path
+    return make(build, "tests/shims/vmm")
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def host(build: Path) -> Environment:
     """The environment in which the VMM meets this variant of tests/shims/kvm.c."""
-    library = tmp_path_factory.mktemp("shims") / "kvm.so"
-    source = ROOT / "tests" / "shims" / "kvm.c"
-    flags = ["-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(["gcc", *flags, source, "-o", library], check=True)
+    library = make(build, "tests/shims/kvm.so")
     return lambda variant: os.environ | {"LD_PRELOAD": str(library), "KVM_SHIM": variant}
 
 

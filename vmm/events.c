@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -25,6 +26,7 @@ bool events_open(const char *path, uint64_t started_ns) {
     events.started_ns = started_ns;
     events.fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     events.is_recording = events.fd >= 0;
+    atexit(events_flush); /* a host half may leave, too */
     return events.is_recording;
 }
 

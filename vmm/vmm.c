@@ -33,7 +33,6 @@
 #include <asm/processor-flags.h>
 #include <assert.h>
 #include <errno.h>
-#include <execinfo.h>
 #include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
@@ -1454,31 +1453,57 @@ static void exit_dispatch(void) {
 
 static volatile sig_atomic_t stop_signal;
 
+/* Does the code before this address end with a call? E8 or FF /2, SDM 2 "CALL". */
+static bool is_behind_call(uintptr_t address) {
+    extern const uint8_t __executable_start[], etext[]; /* all of the program's code: end(3) */
+    if (address < (uintptr_t)__executable_start + 6 || address > (uintptr_t)etext)
+        return false;
+    const uint8_t *code = (const uint8_t *)address;
+    return code[-5] == 0xe8 || (code[-2] == 0xff && (code[-1] & 0x38) == 0x10) ||
+           (code[-3] == 0xff && (code[-2] & 0x38) == 0x10) ||
+           (code[-6] == 0xff && (code[-5] & 0x38) == 0x10);
+}
+
+static const uintptr_t *stack_end; /* of the vCPU's thread: where main() begins */
+
+/* What on the stack may be a return address, from the innermost call on. The C library keeps no frame
+ * pointers, so that there is nothing better to go by; now and then one is left from an earlier call. */
+__attribute__((no_sanitize("address"))) static void say_callers(const uintptr_t *stack) {
+    bool is_main = (uintptr_t)stack_end - (uintptr_t)stack < 8 * MIB;
+    unsigned most = is_main ? 1024 : 32;
+    for (unsigned found = 0; found < 16 && most > 0 && stack != stack_end; stack++, most--)
+        if (is_behind_call(*stack)) {
+            dprintf(STDERR_FILENO, " 0x%" PRIxPTR, *stack);
+            found++;
+        }
+}
+
 /* From a signal handler: nothing can be trusted any more, but what was printed and recorded so far is
  * worth the risk. So are the calls that led here: `make run` makes a line of host.c of them. */
-static _Noreturn void leave_at_once(enum status status, const char *message) {
+static _Noreturn void leave_at_once(enum status status, const char *message, uintptr_t pc,
+                                    const void *stack) {
     terminal_restore();
     struct pollfd output = {.fd = STDOUT_FILENO, .events = POLLOUT};
     if (poll(&output, 1, 0) == 1) /* a pipe that nobody reads would keep us here */
         fflush_unlocked(stdout);
     events_flush();
-    (void)!write(STDERR_FILENO, message, strlen(message));
-    void *callers[16];
-    char text[24 * LENGTH(callers)] = " [called from";
-    for (int i = 0, count = backtrace(callers, LENGTH(callers)); i < count; i++)
-        snprintf(text + strlen(text), sizeof text - strlen(text), " %p", callers[i]);
-    dprintf(STDERR_FILENO, "%s]\n", text);
+    dprintf(STDERR_FILENO, "%s [at pc 0x%" PRIxPTR " called from", message, pc);
+    say_callers(stack);
+    dprintf(STDERR_FILENO, "]\n");
     _exit(status);
 }
 
 /* immediate_exit makes the next KVM_RUN return at once, so that a signal that arrives just before
  * the entry is not lost (KVM API, "immediate_exit"). The run loop looks at stop_signal; a second
  * signal has found the VMM outside that loop. */
-static void on_stop_signal(int number) {
+static void on_stop_signal(int number, siginfo_t *info, void *context) {
+    const greg_t *registers = ((const ucontext_t *)context)->uc_mcontext.gregs;
+    (void)info;
     if (stop_signal)
         leave_at_once(number == SIGALRM ? STATUS_HANG : (enum status)(STATUS_SIGNALLED + number),
                       "vmm: the VMM itself is stuck: a loop in the host half (host.c), or nobody "
-                      "reads the console");
+                      "reads the console",
+                      (uintptr_t)registers[REG_RIP], (const void *)registers[REG_RSP]);
     stop_signal = number;
     machine.run->immediate_exit = 1;
 }
@@ -1524,15 +1549,18 @@ static void vcpu_wake_up(void) {
 __attribute__((unused)) static void on_crash(int number, siginfo_t *info, void *context) {
     char message[160];
     const greg_t *registers = ((const ucontext_t *)context)->uc_mcontext.gregs;
-    snprintf(message, sizeof message,
-             "vmm: the VMM itself crashed: signal %d, address %p, at pc 0x%llx", number,
-             info->si_addr, registers[REG_RIP]);
-    leave_at_once(STATUS_HOST, message);
+    snprintf(message, sizeof message, "vmm: the VMM itself crashed: signal %d, address %p", number,
+             info->si_addr);
+    uintptr_t stack = (uintptr_t)registers[REG_RSP];
+    bool is_at_its_end = (uintptr_t)info->si_addr - stack + PAGE_SIZE < 2 * PAGE_SIZE;
+    if (is_at_its_end) /* an endless recursion: this page is not there */
+        stack = (stack | (PAGE_SIZE - 1)) + 1;
+    leave_at_once(STATUS_HOST, message, (uintptr_t)registers[REG_RIP], (const void *)stack);
 }
 
 static void signals_install(void) {
     /* SA_RESTART: a write to the console goes on; KVM_RUN returns all the same. */
-    struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
+    struct sigaction stop = {.sa_sigaction = on_stop_signal, .sa_flags = SA_RESTART | SA_SIGINFO};
     sigaction(SIGALRM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGTERM, &stop, NULL);
@@ -1834,7 +1862,8 @@ void host_todo(const char *location, const char *task) {
 void host_stuck(const char *what) {
     char message[256];
     snprintf(message, sizeof message, "vmm: the VMM itself is stuck: %s", what);
-    leave_at_once(STATUS_HANG, message);
+    leave_at_once(STATUS_HANG, message, (uintptr_t)__builtin_return_address(0),
+                  __builtin_frame_address(0));
 }
 
 void host_cannot(const char *what) {
@@ -1861,6 +1890,7 @@ static void record_start(void) {
 
 int main(int argc, char **argv) {
     run_totals.started_ns = clock_ns();
+    stack_end = __builtin_frame_address(0);
     options_parse(argc, argv);
     if (&host_half)
         half = host_half;
@@ -1878,6 +1908,7 @@ int main(int argc, char **argv) {
     if (options.events && !events_open(options.events, run_totals.started_ns))
         die(STATUS_HOST, "cannot write the events to %s: %s", options.events, strerror(errno));
     record_start();
+    events_flush(); /* whatever comes, that is there */
     signals_install();
     if (&host_half || machine.note.devices & MACHINE_DEVICE_VIRTIO_CONSOLE)
         crash_signals_install();

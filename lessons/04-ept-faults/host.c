@@ -427,6 +427,19 @@ static void server_stop(void) {
     close(server.stop);
 }
 
+/* What UFFDIO_COPY can fail with: ioctl_userfaultfd(2). */
+static const char *result_name(int error) {
+    switch (error) {
+    case 0: return "done";
+    case EAGAIN: return "EAGAIN";
+    case EEXIST: return "EEXIST";
+    case EFAULT: return "EFAULT";
+    case EINVAL: return "EINVAL";
+    case ENOENT: return "ENOENT";
+    default: return strerror(error);
+    }
+}
+
 static void log_entry_record(const struct log_entry *entry) {
     const struct region *region = region_of(entry->hva);
     event_begin(entry->what);
@@ -438,7 +451,7 @@ static void log_entry_record(const struct log_entry *entry) {
     }
     if (entry->size) {
         event_hex("size", entry->size);
-        event_string("result", entry->error ? strerrorname_np(entry->error) : "done");
+        event_string("result", result_name(entry->error));
     }
     if (entry->times > 1)
         event_number("times", entry->times);

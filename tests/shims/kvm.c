@@ -61,10 +61,15 @@ static int run_without_memory(void) {
     return -1;
 }
 
-int ioctl(int fd, unsigned long request, ...) {
+#ifdef __GLIBC__
+int ioctl(int fd, unsigned long number, ...) {
+#else
+int ioctl(int fd, int number, ...) { /* as in POSIX */
+#endif
     int (*real)(int, unsigned long, ...) = dlsym(RTLD_NEXT, "ioctl");
+    unsigned request = (unsigned)number;
     va_list arguments;
-    va_start(arguments, request);
+    va_start(arguments, number);
     void *argument = va_arg(arguments, void *);
     va_end(arguments);
     if (request == KVM_CHECK_EXTENSION && (long)argument == KVM_CAP_SYNC_REGS &&

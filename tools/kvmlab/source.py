@@ -42,20 +42,19 @@ def of_student(lesson: Lesson, image: Path, event: Event) -> str:
 
 
 # What the VMM says behind the line that tells how it crashed or that it is stuck.
-CALLS = re.compile(r" \[called from((?: 0x[0-9a-f]+)*)\]$", re.MULTILINE)
+CALLS = re.compile(r" \[at pc (0x[0-9a-f]+) called from((?: 0x[0-9a-f]+)*)\]$", re.MULTILINE)
 
 
 def of_host(vmm: Path, errors: str) -> str:
     """Where the host half was when the VMM crashed or was stuck, and what stands there: the innermost of the calls
     that the VMM has listed. Where none is in a host half: where the VMM itself was."""
-    found = CALLS.search(errors)
-    pc = re.findall(r"^vmm: the VMM itself crashed: .* at pc (0x[0-9a-f]+)", errors, re.MULTILINE) if found else []
+    if not (found := CALLS.search(errors)):
+        return ""
     # They are where the calls return to: the next line, perhaps, or another function.
-    calls = [hex(int(call, 16) - 1) for call in found[1].split()] if found else []
-    addresses = [*pc, *calls]
+    addresses = [found[1], *(hex(int(call, 16) - 1) for call in found[2].split())]
     lines = [line for address in addresses for line in lines_at(vmm, address)]
     host = next((line for line in lines if Path(line.file).name == "host.c"), None)
-    line = host or (lines[0] if pc and lines else UNKNOWN)
+    line = host or next(iter(lines), UNKNOWN)
     if not line.number.isdigit():
         return ""
     path = Path(line.file)

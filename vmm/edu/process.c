@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -440,7 +441,7 @@ static void process_leave_home(int socket, pid_t parent) {
     signal(SIGINT, SIG_IGN); /* the terminal sends it to both; the VMM decides */
     dup2(socket, STDIN_FILENO);
     close(STDOUT_FILENO);
-    close_range(STDERR_FILENO + 1, ~0u, 0);
+    syscall(SYS_close_range, STDERR_FILENO + 1, ~0u, 0);
     process.socket = STDIN_FILENO;
 }
 
