@@ -68,13 +68,19 @@ static void event_digits(uint64_t value, unsigned base) {
     event_put(digits + first, sizeof digits - first);
 }
 
-static void event_name(const char *name) {
+/* False: there is no event, and the field goes nowhere. */
+static bool event_name(const char *name) {
+    if (!events.is_open)
+        return false;
     event_text(",\"");
     event_text(name);
     event_text("\":");
+    return true;
 }
 
 void event_begin(const char *kind) {
+    if (!events.is_recording)
+        return;
     events.is_open = true;
     event_text("{\"seq\":");
     event_digits(events.sequence++, 10);
@@ -89,12 +95,14 @@ void event_end(void) {
 }
 
 void event_number(const char *name, uint64_t value) {
-    event_name(name);
+    if (!event_name(name))
+        return;
     event_digits(value, 10);
 }
 
 void event_hex(const char *name, uint64_t value) {
-    event_name(name);
+    if (!event_name(name))
+        return;
     event_text("\"0x");
     event_digits(value, 16);
     event_text("\"");
@@ -107,7 +115,8 @@ static void event_hex_byte(uint8_t byte) {
 
 /* Strings come from the guest, too: anything that is not plain ASCII is escaped byte by byte. */
 void event_string(const char *name, const char *value) {
-    event_name(name);
+    if (!event_name(name))
+        return;
     event_text("\"");
     for (const char *c = value; *c; c++) {
         if (*c >= 0x20 && *c <= 0x7e && *c != '"' && *c != '\\') {
@@ -121,7 +130,8 @@ void event_string(const char *name, const char *value) {
 }
 
 void event_bytes(const char *name, const void *bytes, uint64_t size) {
-    event_name(name);
+    if (!event_name(name))
+        return;
     event_text("\"");
     for (uint64_t i = 0; i < size; i++)
         event_hex_byte(((const uint8_t *)bytes)[i]);

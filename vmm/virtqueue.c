@@ -122,6 +122,8 @@ bool virtqueue_take(struct virtio_device *device, unsigned number, struct chain 
 
 static void chain_record(const struct virtio_device *device, unsigned queue,
                          const struct chain *chain, uint32_t written) {
+    if (!events_are_recorded())
+        return;
     event_begin("virtio_chain");
     event_string("device", device->name);
     event_number("queue", queue);

@@ -776,6 +776,8 @@ static void panic_end(gva_t panic_gva) {
 
 /* An event of a kind that starts with where the guest was. */
 static void event_begin_at_rip(const char *kind) {
+    if (!events_are_recorded()) /* then nobody needs the symbol */
+        return;
     event_begin(kind);
     event_hex("rip", vcpu_regs()->rip);
     event_string("symbol", symbol_at(vcpu_regs()->rip).text);
@@ -1768,6 +1770,8 @@ struct kvm_run *host_run(void) {
 
 static void inject_record(const char *type, uint64_t vector, const uint32_t *error_code) {
     machine.is_injected = true;
+    if (!events_are_recorded())
+        return;
     event_begin_at_rip("inject");
     event_string("type", type);
     event_number("vector", vector);

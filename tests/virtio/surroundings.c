@@ -148,6 +148,8 @@ __attribute__((format(printf, 1, 2))) static void event_print(const char *format
     event.length += length;
 }
 
+bool events_are_recorded(void) { return listeners.event != NULL; }
+
 void event_begin(const char *kind) {
     assert(event.length == 0); /* each ends before the next begins */
     event_print("{\"kind\":\"%s\"", kind);
