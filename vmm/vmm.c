@@ -47,6 +47,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdio_ext.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -1214,8 +1215,15 @@ static void console_check(bool has_failed) {
         die(STATUS_HOST, "cannot write the console to standard output: %s", strerror(errno));
 }
 
+/* What COM1 has sent before comes first. */
 void console_write(const void *bytes, size_t size) {
-    console_check(fwrite(bytes, 1, size, stdout) != size || fflush(stdout));
+    if (__fpending(stdout) > 0)
+        console_check(fflush(stdout));
+    for (size_t written = 0; written < size;) {
+        ssize_t result = write(STDOUT_FILENO, (const uint8_t *)bytes + written, size - written);
+        console_check(result < 0);
+        written += (size_t)result;
+    }
 }
 
 static bool com1_has_input(void) {
