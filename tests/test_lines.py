@@ -15,9 +15,9 @@ def lines(halves: Halves) -> Built:
     return halves("lines")
 
 
-def reports(lines: Built, irqchip: str, seed: int) -> list[int]:
+def reports(lines: Built, irqchip: str, seed: int, *options: str) -> list[int]:
     """What the guest has seen: the edge/level registers, and after each step the registers of both chips."""
-    run = runner.run(lines, [f"--irqchip={irqchip}"], seed=seed, time_limit=60)
+    run = runner.run(lines, [f"--irqchip={irqchip}", *options], seed=seed, time_limit=60)
     assert (run.status, run.errors) == (0, "")
     values = run.all("exit", reason="IO", device="report")
     return [int.from_bytes(bytes.fromhex(event.data), "little") for event in values]
@@ -34,3 +34,8 @@ def test_the_vmms_interrupt_controllers_show_what_kvms_show(lines: Built, seed: 
         seen = reports(lines, irqchip, seed)
         wrong = next((i for i, pair in enumerate(zip(kvms, seen, strict=True)) if len(set(pair)) > 1), None)
         assert wrong is None, f"report {wrong} is {seen[wrong or 0]:#x} on {irqchip}, {kvms[wrong or 0]:#x} in KVM"
+
+
+@pytest.mark.parametrize("irqchip", ["none", "split", "kernel"])
+def test_an_interrupt_and_an_nmi_before_the_same_entry_are_both_taken(lines: Built, irqchip: str) -> None:
+    assert reports(lines, irqchip, 1, "--append=nmi=1") == [FIRST_LINE + 4 | 1 << 8]

@@ -166,7 +166,7 @@ void pic_before_entry(void) {
     if (!has_chips)
         return;
     if (run->ready_for_interrupt_injection && chip_request(&chips[MASTER]))
-        host_vcpu(KVM_INTERRUPT, &(struct kvm_interrupt){.irq = pair_acknowledge()});
+        vcpu_interrupt(pair_acknowledge());
     run->request_interrupt_window = chip_request(&chips[MASTER]) != 0;
 }
 

@@ -48,6 +48,9 @@ void command_line_add(const char *word);
  * halt, if it is there. */
 void vcpu_kick(void);
 
+/* Inject an interrupt before this entry: the guest is ready for one. */
+void vcpu_interrupt(uint8_t vector);
+
 /* The vCPU's file descriptor, for an ioctl that may fail; the others go through host_vcpu(). */
 int vcpu_fd(void);
 

@@ -1,13 +1,14 @@
 /* Do what the seed says to a pair of 8259As and to the lines that lead there, and report after each step what
- * their registers show and which interrupt has come. */
+ * their registers show and which interrupt has come. With nmi=1: take an interrupt and an NMI that come together. */
 #include "guest.h"
 #include "lab.h"
 #include "pic.h"
 
 MACHINE(.memory_mib = 16, .irqchip = MACHINE_IRQCHIP_NONE, .devices = MACHINE_DEVICE_COM1);
 
+#define NMI_LINE 4
 #define STEPS 400
-#define PATIENCE 500 /* a window may open late: tests/deviations.toml */
+#define PATIENCE 500 /* a window may open late, an NMI come late: tests/deviations.toml */
 
 static volatile unsigned taken; /* a vector */
 
@@ -56,11 +57,35 @@ static void step(struct random *random) {
     }
 }
 
+static volatile unsigned nmis;
+
+static bool on_nmi(struct trap_frame *frame) {
+    (void)frame;
+    nmis++;
+    return true;
+}
+
+static void nmi_take(void) {
+    trap_handle(VECTOR_NMI, on_nmi);
+    pic_unmask(NMI_LINE);
+    sti();
+    out8(LAB_NMI, NMI_LINE | LAB_HIGH);
+    interrupt_take();
+    for (unsigned i = 0; i < PATIENCE && !nmis; i++)
+        pause();
+    out32(LAB_REPORT, taken | nmis << 8);
+}
+
 void guest_main(void) {
+    char nmi[2];
     struct random random = random_stream(guest_seed(), 1);
     pic_begin(LAB_BASE);
     for (unsigned line = 0; line < PIC_LINES; line++)
         trap_handle((uint8_t)(LAB_BASE + line), on_interrupt);
+    if (guest_parameter("nmi", nmi, sizeof nmi)) {
+        nmi_take();
+        guest_exit(0);
+    }
     out8(PIC_EDGE_LEVEL, (uint8_t)random_next(&random));
     out8(PIC_EDGE_LEVEL + 1, (uint8_t)random_next(&random));
     out32(LAB_REPORT, in8(PIC_EDGE_LEVEL) | (uint32_t)in8(PIC_EDGE_LEVEL + 1) << 8);

@@ -14,10 +14,16 @@ static void line_access(struct access *access) {
         line_set(line.irq, line.level);
 }
 
+static void nmi_access(struct access *access) {
+    line_access(access);
+    host_vcpu_number(KVM_NMI, 0);
+}
+
 static void report_access(struct access *access) { (void)access; /* the record has it */ }
 
 static void setup(void) {
     host_claim_pio(LAB_LINE, 1, "line", line_access);
+    host_claim_pio(LAB_NMI, 1, "nmi", nmi_access);
     host_claim_pio(LAB_REPORT, 4, "report", report_access);
     for (unsigned line = 0; line < 16 && !is_kvms(); line++)
         line_create(line);
