@@ -18,17 +18,8 @@ MACHINE(.memory_mib = 16, .irqchip = MACHINE_IRQCHIP_NONE,
 static struct virtio_console console;
 static uint8_t bytes[CHUNK];
 
-static uint64_t number(const char *name) {
-    char text[24];
-    uint64_t value = 0;
-    guest_parameter(name, text, sizeof text);
-    for (const char *digit = text; *digit >= '0' && *digit <= '9'; digit++)
-        value = 10 * value + (uint64_t)(*digit - '0');
-    return value;
-}
-
 static void open_console(void) {
-    if (!virtio_console_open(&console, number("plain") ? 0 : VIRTIO_CONSOLE_FEATURES)) {
+    if (!virtio_console_open(&console, case_number("plain") ? 0 : VIRTIO_CONSOLE_FEATURES)) {
         printf("no console\n");
         guest_exit(1);
     }
@@ -40,7 +31,7 @@ static void say(const char *text) { virtio_console_write(&console, text, strlen(
 
 static void find(void) {
     struct virtio_device device = {0};
-    bool found = virtio_find((uint32_t)number("id"), &device);
+    bool found = virtio_find((uint32_t)case_number("id"), &device);
     printf("found %d at %lx irq %u\n", found, found ? device.gpa : 0, found ? device.irq : 0);
 }
 
@@ -67,7 +58,7 @@ static void send_numbered(uint64_t size) {
 
 static void send(void) {
     open_console();
-    send_numbered(number("size"));
+    send_numbered(case_number("size"));
     virtio_console_close(&console);
 }
 
@@ -75,7 +66,7 @@ static void send(void) {
 static uint8_t letters[(1 << 20) + 1];
 
 static uint64_t letters_make(void) {
-    uint64_t size = number("size");
+    uint64_t size = case_number("size");
     for (unsigned i = 0; i < 26; i++)
         letters[i] = (uint8_t)('a' + i);
     for (uint64_t done = 26; done < size; done *= 2)
@@ -86,7 +77,7 @@ static uint64_t letters_make(void) {
 
 static void send_letters(void) {
     uint64_t size = letters_make();
-    uint64_t piece = number("piece") ? number("piece") : size;
+    uint64_t piece = case_number("piece") ? case_number("piece") : size;
     open_console();
     for (uint64_t done = 0; done < size; done += piece)
         virtio_console_write(&console, letters + done, size - done < piece ? size - done : piece);
@@ -100,7 +91,7 @@ static void send_letters_by_com1(void) {
 
 /* A buffer for each byte: the 16-bit indices of the ring begin again. */
 static void send_bytewise(void) {
-    uint64_t size = number("size");
+    uint64_t size = case_number("size");
     open_console();
     for (uint64_t i = 0; i < size; i++) {
         uint8_t byte = (uint8_t)(i % 251);
