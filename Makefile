@@ -68,10 +68,10 @@ lint: setup-lint ## [FIX=1]  formatting, static analysis and types of all source
 	@tools/lint
 
 setup: ## install every package that any of these commands needs
-	@tools/setup run debug test svm vmx grade cover lint
+	@tools/setup run debug test svm vmx grade bench cover lint
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (([A-Z[].*)  )?(.*)/make \1 \3\n    \4/; s/ \n/\n/p' Makefile
+	@sed -nE 's/^([a-z-]+):.*## (([A-Z[].*)  )?(.*)/make \1 \3\n    \4/; s/ \n/\n/p' $(MAKEFILE_LIST)
 
 clean: ## remove everything that was built
 	rm -rf build
@@ -227,6 +227,6 @@ build-asan:
 	@$(MAKE) --no-print-directory -s SANITIZE=1 BUILD=build/asan $(ASAN_PROGRAMS)
 
 # What only the tests of the virtio console need; a student's tree has none of it.
-include $(wildcard tests/virtio/*.mk)
+include $(wildcard tests/virtio/*.mk tests/bench/*.mk)
 
 .SECONDARY:

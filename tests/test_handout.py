@@ -18,16 +18,17 @@ pytest_plugins = ["variants"]
 
 PRODUCTS = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "build", "kept"}
 PROOF_OF = (
-    *("commands", "compare", "engines", "grading", "gradescope", "handout", "iommu", "lesson_texts", "lessons"),
-    *("passthrough", "reset", "source", "student", "terminal", "tlb_notes", "userfaultfd", "vfio", "virtio_guest"),
-    *("watch", "workflows"),
+    *("bench", "commands", "compare", "engines", "grading", "gradescope", "handout", "iommu", "lesson_texts"),
+    *("lessons", "passthrough", "reset", "source", "student", "terminal", "tlb_notes", "userfaultfd", "vfio"),
+    *("virtio_guest", "watch", "workflows"),
 )
-PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/kvmlab_server.py", "tests/variants.py"}
+PROOF = {f"tests/test_{name}.py" for name in PROOF_OF} | {"tests/bench/bench.mk", "tests/kvmlab_server.py", "tests/variants.py"}
 PROOF |= {f"lessons/{name}/quotes.py" for name in NAMES}
 # What the VMM and the guests' runtime do in the way that a lesson has students write.
 ALIKE = {"guest/virtio_console.c", "vmm/virtqueue.c"}
 PROOF_FOLDERS = (
     ".github",
+    "tests/bench/halves",
     "tests/hosts/iommu",
     "tests/hosts/passthrough",
     "tests/hosts/vfio",

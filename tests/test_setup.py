@@ -19,6 +19,7 @@ COMMANDS = {
     "git": "git",
     "bwrap": "bubblewrap",
     "strace": "strace",
+    "gnuplot": "gnuplot-nox",
     "qemu-system-x86_64": "qemu-system-x86",
     "clang": "clang",
     "lcov": "lcov",
@@ -40,7 +41,7 @@ FILES = {
     "usr/lib/llvm-14/lib/clang/14.0.6/lib/linux/libclang_rt.fuzzer-x86_64.a": "libclang-rt-dev",
 }
 TOMLLIB = "usr/lib/python3.11/tomllib"
-GROUPS = ["run", "test", "grade", "cover", "lint"]
+GROUPS = ["run", "test", "grade", "bench", "cover", "lint"]
 INSTALL = "apt-get install --no-install-recommends -y"
 
 

@@ -76,7 +76,8 @@ def test_every_command_exists(file: Path) -> None:
                 continue
             assert shutil.which(words[0], path=f"{ROOT}:/usr/bin:/bin") or (ROOT / words[0]).exists(), line
             if words[0] == "make":
-                assert re.search(rf"^{words[1]}:.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+                makefiles = "".join(path.read_text() for path in (ROOT / "Makefile", *ROOT.glob("tests/*/*.mk")))
+                assert re.search(rf"^{words[1]}:.* ## ", makefiles, re.MULTILINE), line
             if "kvmlab" in words:
                 called = words[words.index("kvmlab") + 1]
                 python = ["/usr/bin/python3", "-m", "kvmlab", called, "--help"]

@@ -1465,8 +1465,9 @@ static volatile sig_atomic_t stop_signal;
 
 /* Does the code before this address end with a call? E8 or FF /2, SDM 2 "CALL". */
 static bool is_behind_call(uintptr_t address) {
-    extern const uint8_t __executable_start[], etext[]; /* all of the program's code: end(3) */
-    if (address < (uintptr_t)__executable_start + 6 || address > (uintptr_t)etext)
+    extern const uint8_t program_start[] __asm__("__executable_start");
+    extern const uint8_t etext[]; /* the end of the program's code: end(3) */
+    if (address < (uintptr_t)program_start + 6 || address > (uintptr_t)etext)
         return false;
     const uint8_t *code = (const uint8_t *)address;
     return code[-5] == 0xe8 || (code[-2] == 0xff && (code[-1] & 0x38) == 0x10) ||

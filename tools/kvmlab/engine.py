@@ -129,10 +129,10 @@ class Svm(Emulated):
             return machine.run(job, settings, _show)
 
 
-def start_svm(place: Path, folder: Path) -> OwnMachine:
-    """Restore the emulated AMD machine in this folder."""
+def start_svm(place: Path, folder: Path, *options: str) -> OwnMachine:
+    """Restore the emulated AMD machine in this folder; with more options for QEMU, if there are any."""
     with (place / "state").open("rb") as state:
-        restore = [*cache.QEMU, "-incoming", f"fd:{state.fileno()}"]
+        restore = [*cache.QEMU, *options, "-incoming", f"fd:{state.fileno()}"]
         return OwnMachine(folder, restore, pass_fds=[state.fileno()], restored=True)
 
 

@@ -11,11 +11,14 @@ from kvmlab.repository import GitError
 # run in a student's repository though it is for ours.
 _LEFT_OUT = {
     ".github",
+    "tests/bench/bench.mk",
+    "tests/bench/halves",
     "tests/hosts/iommu",
     "tests/hosts/passthrough",
     "tests/hosts/vfio",
     "tests/kvmlab_server.py",
     "tests/mutants",
+    "tests/test_bench.py",
     "tests/test_commands.py",
     "tests/test_compare.py",
     "tests/test_engines.py",

@@ -54,7 +54,7 @@ def of_host(vmm: Path, errors: str) -> str:
     addresses = [found[1], *(hex(int(call, 16) - 1) for call in found[2].split())]
     lines = [line for address in addresses for line in lines_at(vmm, address)]
     host = next((line for line in lines if Path(line.file).name == "host.c"), None)
-    line = host or next(iter(lines), UNKNOWN)
+    line = host or (lines[0] if lines else UNKNOWN)
     if not line.number.isdigit():
         return ""
     path = Path(line.file)
