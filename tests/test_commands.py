@@ -1,5 +1,6 @@
 """`make run` and `check`, as a user types them."""
 
+import contextlib
 import json
 import os
 import pty
@@ -151,12 +152,33 @@ def terminal() -> Iterator[tuple[int, int]]:
     os.close(slave)
 
 
-def shown_until(master: int, text: bytes) -> str:
+def shown_until(master: int, pattern: bytes) -> str:
     seen = b""
-    while text not in seen:
+    while not re.search(pattern, seen, re.DOTALL):
         assert select.select([master], [], [], 60)[0], seen.decode()
         seen += os.read(master, 4096)
     return seen.decode()
+
+
+def interrupt(master: int, command: bytes) -> None:
+    """Have gdb do this, and stop it by Ctrl-C. One that comes before gdb has read the command takes it away."""
+    for _ in range(20):
+        os.write(master, command)
+        shown_until(master, command.strip())
+        os.write(master, b"\3")
+        if "received signal SIGINT" in shown_until(master, rb"(received signal SIGINT|Quit).*\(gdb\) "):
+            return
+    raise AssertionError(f"{command!r} was never interrupted")
+
+
+@contextlib.contextmanager
+def session_of(make: subprocess.Popen[bytes]) -> Iterator[None]:
+    """If the test fails, all that make has started ends, too."""
+    try:
+        yield
+    except BaseException:
+        subprocess.run(["pkill", "--signal", "KILL", "--session", str(make.pid)], check=False)
+        raise
 
 
 def test_ctrl_c_in_make_debug_is_for_gdb_and_not_for_make(variant: StartVariant, terminal: tuple[int, int]) -> None:
@@ -167,19 +189,19 @@ def test_ctrl_c_in_make_debug_is_for_gdb_and_not_for_make(variant: StartVariant,
     jump_to_itself = b"set *(short *)$pc = 0xfeeb\n"
     command = ["setsid", "--ctty", "make", f"LESSONS={home.lessons}", f"BUILD={home.build}", "debug", "LESSON=1"]
     environment = ENVIRONMENT | {"TERM": "dumb"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave) as make:
-        for typed, answer in [
-            (b"", b"(gdb) "),
-            (jump_to_itself, b"(gdb) "),
-            (b"continue\n", b"Continuing."),
-            (b"\3", b"received signal SIGINT"),
-            (b"next\n", b"next"),
-            (b"\3", b"received signal SIGINT"),
-            (b"\3", b"Quit"),
-            (b"quit\n", b"vmm: ended: killed by gdb"),
-        ]:
-            os.write(master, typed)
-            shown_until(master, answer)
+    with (
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave) as make,
+        session_of(make),
+    ):
+        shown_until(master, rb"\(gdb\) ")
+        os.write(master, jump_to_itself)
+        shown_until(master, rb"\(gdb\) ")
+        interrupt(master, b"continue\n")
+        interrupt(master, b"next\n")
+        os.write(master, b"\3")
+        shown_until(master, b"Quit")
+        os.write(master, b"quit\n")
+        shown_until(master, b"vmm: ended: killed by gdb")
         assert make.wait(20) == 0
     assert termios.tcgetattr(slave) == before
 
