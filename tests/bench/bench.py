@@ -151,13 +151,13 @@ ROWS = [
     Row(
         "injection",
         "5 an injection by synced events: to KVM_INTERRUPT",
-        {"kvm": 0.88, "svm": 0.88},
+        {"svm": 0.88},
         lambda m: m.case("inject", "synced") / m.case("inject", "ioctl"),
     ),
     Row(
         "virtio",
         "6 a kick with 4 KiB: to one without",
-        {"kvm": 1.1, "svm": 1.1},
+        {"svm": 1.1},
         lambda m: m.case("kick", "data") / m.case("kick", "bare"),
     ),
     Row(
