@@ -122,7 +122,7 @@ ROWS = [
         {"kvm": 1.35, "svm": 1.15},
         lambda m: m.ratio("line", "floor"),
     ),
-    Row("start-cpuid", "- to a floor whose guest has a CPUID", {}, lambda m: m.ratio("line", "floor-cpuid")),
+    Row("start-cpuid", "- a start: to a floor whose guest has a CPUID", {}, lambda m: m.ratio("line", "floor-cpuid")),
     Row("first byte", "2 first byte on the console: to the floor's", {"kvm": 1.5, "svm": 1.5}, Measured.first_byte),
     Row(
         "console",
@@ -240,7 +240,7 @@ def memory(run: Runner) -> Iterator[Line]:
     """At the first byte of the console, guest memory excepted."""
     _, rss, anonymous = run(["./measure", "memory"], "\t".join(RUNS["line"]).encode() + b"\n").split()
     yield Line("3 memory of the VMM itself, KiB", "svm", 128, float(anonymous))
-    yield Line("- with the pages of its file, KiB", "svm", None, float(rss))
+    yield Line("- memory with the pages of its file, KiB", "svm", None, float(rss))
 
 
 def binary(build: Path) -> Iterator[Line]:
