@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ os.environ["ASAN_OPTIONS"] = f"exitcode={SANITIZER_STATUS}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell that starts us in the background ignores it, and so would all that the tests start and interrupt.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell that starts us in the background ignores it, and so would all that the tests start and interrupt. The
+    # workers of xdist have it from us; they may be in another thread than the main one, which may not set it.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes more than a minute; starts first, beside all others")
     config.addinivalue_line("markers", "spread: many of them take long; they stand between all others")
 
