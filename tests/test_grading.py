@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -94,9 +95,14 @@ class Submission:
         self.append(f"\n{INCLUDES}\n__attribute__((constructor)) static void attack(void) {{\n{body}\n}}\n")
 
     def grade(self, engine: str = "auto", seeds: str = str(SEED), **environment: str) -> Graded:
-        if engine == "kvm" and (problem := kvm_problem()):
+        if engine == "kvm" and (problem := no_sandbox_for_kvm()):
             pytest.skip(problem)
         return grade(forked, self.folder, engine, seeds, **environment)
+
+
+def no_sandbox_for_kvm() -> str:
+    """Why nothing is graded on kvm here: in a container, say, where bubblewrap may not make a namespace."""
+    return kvm_problem() or sandbox.problem(kvm=True)
 
 
 BOTH = pytest.mark.parametrize("engine", ["kvm", "svm"])
@@ -160,7 +166,8 @@ def expect_nothing(graded: Graded, problem: str = "") -> None:
 
 
 def test_a_solution_gets_all_points(submission: Submission, engines: dict[str, Any]) -> None:
-    how = [grade(kvmlab, submission.folder), *(submission.grade(engine) for engine in engines)]
+    able = [engine for engine in engines if engine != "kvm" or not no_sandbox_for_kvm()]
+    how = [grade(kvmlab, submission.folder), *(submission.grade(engine) for engine in able)]
     for graded in how:
         assert (graded.points, graded.problem, graded.shown.status) == (TOTAL, "", 0), str(graded.shown)
 
@@ -620,7 +627,8 @@ def test_a_refused_submission_has_a_result_too(submission: Submission) -> None:
 def test_the_compiler_sees_no_file_but_those_of_the_student_tree(submission: Submission, path: str) -> None:
     submission.append(f'\n#include "{path}"\n')
     graded = submission.grade()
-    expect_nothing(graded, "No such file or directory")
+    expect_nothing(graded, "it does not build")
+    assert re.search("No such file|Permission denied", graded.problem)  # under bubblewrap, under Landlock
     assert "root:" not in graded.shown.output
 
 
@@ -650,6 +658,8 @@ def test_without_bubblewrap_the_compiler_sees_no_other_file_either(
 
 
 def in_sandbox(script: str, **place: Any) -> str:
+    if problem := sandbox.problem(kvm=False):
+        pytest.skip(problem)
     ended = sandbox.run(["sh", "-c", script], sandbox.Place("/job", **place), 20.0)
     assert not ended.is_late
     return (ended.output + ended.errors).decode()
@@ -879,6 +889,8 @@ def test_a_submission_reaches_no_network(submission: Submission, engine: str) ->
 
 @BOTH
 def test_a_submission_cannot_write_where_the_results_go(submission: Submission, tmp_path: Path, engine: str) -> None:
+    if engine == "kvm" and (problem := no_sandbox_for_kvm()):
+        pytest.skip(problem)
     results = tmp_path / "results.json"
     results.touch()
     results.chmod(0o666)
