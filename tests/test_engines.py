@@ -376,7 +376,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = cache.ready("svm")
     home = tmp_path / "cache"
     shutil.copytree(cache.folder() / "packages", home / "packages")
-    shutil.copytree(place, home / place.name, copy_function=os.link)
+    try:
+        shutil.copytree(place, home / place.name, copy_function=os.link)
+    except shutil.Error:  # on another file system
+        shutil.copytree(place, home / place.name, dirs_exist_ok=True)
     monkeypatch.setenv("KVMLAB_CACHE", str(home))
     return home / place.name
 
