@@ -100,9 +100,11 @@ class Measured:
         """What one of so many costs."""
         return median((a - b) / times for a, b in zip(self.ends(name), self.ends(without), strict=True))
 
-    def case(self, half: str, case: str) -> float:
-        times = HALVES[half].times
-        return self.each(f"{half}-{case}-{times}", f"{half}-{case}-0", times)
+    def half(self, name: str) -> float:
+        """What the second case of a half costs, as a ratio to the first."""
+        times = HALVES[name].times
+        first, second = (self.each(f"{name}-{case}-{times}", f"{name}-{case}-0", times) for case in HALVES[name].cases)
+        return second / first
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,19 @@ ROWS = [
         "injection",
         "5 an injection by synced events: to KVM_INTERRUPT",
         {"svm": 0.88},
-        lambda m: m.case("inject", "synced") / m.case("inject", "ioctl"),
+        lambda m: m.half("inject"),
     ),
     Row(
         "virtio",
         "6 a kick with 4 KiB: to one without",
         {"svm": 1.1},
-        lambda m: m.case("kick", "data") / m.case("kick", "bare"),
+        lambda m: m.half("kick"),
     ),
     Row(
         "page-in",
         "7 a page by userfaultfd, 64 KiB a fault: to a first touch",
         {"kvm": 1.2, "svm": 1.2},
-        lambda m: m.case("page-in", "uffd16") / m.case("page-in", "anonymous"),
+        lambda m: m.half("page-in"),
     ),
 ]
 
@@ -174,10 +176,10 @@ ROWS = [
 
 def files(build: Path) -> dict[str, Path]:
     """What the runs find in their folder."""
-    made = build / "bench"
-    names = ["measure", "floor", "floor-exits", "floor-cpuid", "vmm", "line.elf", "com1.elf", "unclaimed.elf"]
-    halves = [*(f"{half}.elf" for half in HALVES), *(half.vmm for half in HALVES.values())]
-    return {name: made / name for name in dict.fromkeys([*names, *halves])}
+    words = [
+        word.removeprefix("./") for run in RUNS.values() for word in run if word.startswith("./") or ".elf" in word
+    ]
+    return {name: build / "bench" / name for name in dict.fromkeys(["measure", *words])}
 
 
 Runner = Callable[[Sequence[str], bytes], str]
