@@ -149,7 +149,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def submission(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Submission:
-    monkeypatch.setattr(grade_, "_prepare", lambda tree: shutil.copytree(prepared, tree))
+    monkeypatch.setattr(grade_, "_prepare", lambda tree: shutil.copytree(prepared, tree, symlinks=True))
     made = Submission(tmp_path / "submission")
     made.solve()
     return made

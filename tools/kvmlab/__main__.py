@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from kvmlab import engine as engines
-from kvmlab import formats, hints, progress, reset, trace, watch, whole_file
+from kvmlab import hints, progress, reset, trace, watch, whole_file
 from kvmlab import lesson as lessons
 from kvmlab.engine import CannotRun, Engine, Unable
 from kvmlab.lesson import Lesson, UsageError
@@ -208,7 +208,7 @@ def _handout(arguments: argparse.Namespace) -> int:
 
 
 def _grade(arguments: argparse.Namespace) -> int:
-    from kvmlab import grade
+    from kvmlab import formats, grade
 
     if not arguments.submission:
         raise UsageError("whose? say SUBMISSION=path, a folder, a tar or zip file, or a revision of git")
@@ -306,6 +306,8 @@ def _jobs(text: str) -> int:
 
 
 def _format(text: str) -> str:
+    from kvmlab import formats
+
     if text not in formats.FORMATS:
         raise UsageError(f"FORMAT={text}: there are {', '.join(formats.FORMATS)}")
     return text

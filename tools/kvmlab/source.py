@@ -1,5 +1,6 @@
 """From an address to a line of C, as far as the debug information of a program knows it."""
 
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -52,9 +53,10 @@ def of_host(vmm: Path, errors: str) -> str:
         return ""
     # They are where the calls return to: the next line, perhaps, or another function.
     addresses = [found[1], *(hex(int(call, 16) - 1) for call in found[2].split())]
-    lines = [line for address in addresses for line in lines_at(vmm, address)]
-    host = next((line for line in lines if Path(line.file).name == "host.c"), None)
-    line = host or (lines[0] if lines else UNKNOWN)
+    lines = (line for address in addresses for line in lines_at(vmm, address))
+    innermost = next(lines, UNKNOWN)
+    host = next((line for line in itertools.chain([innermost], lines) if Path(line.file).name == "host.c"), None)
+    line = host or innermost
     if not line.number.isdigit():
         return ""
     path = Path(line.file)
