@@ -219,8 +219,7 @@ def _fault_of_grader(engine: str, build: Path) -> Exception | None:
 def _result(lesson: Lesson, engine: str, seeds: list[int], verdicts: list[judge.Verdict]) -> LessonResult:
     checks = []
     for check, worth in lesson.points.items():
-        failed = next((each for each in verdicts if each.check == check and not each.passed), None)
-        if failed:
+        if failed := judge.first_failure(verdicts, check):
             checks.append(CheckResult(check, worth, False, failed.message, failed.seed))
         else:
             checks.append(CheckResult(check, worth, True))
@@ -291,17 +290,15 @@ def _grade_lessons(path: str, lessons: list[Lesson], tree: Path, engine: str, se
 
 
 def _grade_lesson(lesson: Lesson, tree: Path, engine: str, seeds: list[int]) -> LessonResult:
-    name = _name(lesson, engine)
-
     def otherwise(problem: str) -> LessonResult:
-        return nothing(lesson, name, seeds, problem)
+        return nothing(lesson, _name(lesson, engine), seeds, problem)
 
     try:
         if problem := _build(tree, lesson):
             return otherwise(problem)
         return _apart(lambda: _judged(lesson, tree / "build", engine, seeds), otherwise, tree.parent)
     except (OSError, MachineError) as error:
-        return _not_judged(lesson, name, seeds, error)
+        return _not_judged(lesson, _name(lesson, engine), seeds, error)
 
 
 def must_be_able(lessons: list[Lesson], engine: str) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmlab import markers
+from kvmlab import markers, whole_file
 from kvmlab.lesson import Hint, Lesson
 from kvmlab.markers import Part
 
@@ -24,8 +24,7 @@ def next_hints(lesson: Lesson, build: Path) -> Iterator[str]:
     for each in [hint] if hint else lesson.hints:
         yield from _shown(each, given.get(each.task, 0))
         given[each.task] = min(given.get(each.task, 0) + 1, len(each.tiers))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(given))
+    whole_file.write(place, json.dumps(given))
 
 
 def _given(place: Path) -> dict[str, int]:

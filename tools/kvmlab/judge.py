@@ -123,6 +123,11 @@ def points(lesson: Lesson, verdicts: list[Verdict]) -> int:
     return sum(worth for check, worth in lesson.points.items() if check not in failed)
 
 
+def first_failure(verdicts: list[Verdict], check: str) -> Verdict | None:
+    """Of all seeds, the first for which this check does not hold."""
+    return next((verdict for verdict in verdicts if verdict.check == check and not verdict.passed), None)
+
+
 def _explained(lesson: Lesson, build: Path, failed: Verdict) -> Iterator[str]:
     """All there is to say of a check that fails."""
     yield from failed.message.splitlines()
@@ -139,8 +144,7 @@ def report(lesson: Lesson, build: Path, verdicts: list[Verdict]) -> str:
     lines = []
     explained = False
     for check, worth in lesson.points.items():
-        of_check = [verdict for verdict in verdicts if verdict.check == check]
-        failed = next((verdict for verdict in of_check if not verdict.passed), None)
+        failed = first_failure(verdicts, check)
         title = check.replace("_", " ")
         lines.append(f"  {'FAIL' if failed else 'pass'}  {0 if failed else worth}/{worth}  {title}")
         if failed and not explained:

@@ -40,7 +40,7 @@ def _grade(grade: Grade) -> Iterator[str]:
 def _lesson(lesson: LessonResult) -> Iterator[str]:
     seeds = ", ".join(map(str, lesson.seeds))
     yield f"<h2>Lesson {lesson.number}: {escape(lesson.title)}</h2>"
-    yield f"<p>{lesson.points} of {lesson.total} points, on {escape(lesson.engine)} with the seeds {seeds}</p>"
+    yield f"<p>{lesson.outcome}, on {escape(lesson.engine)} with the seeds {seeds}</p>"
     if lesson.problem:
         yield f"<pre>{escape(lesson.problem)}</pre>"
     yield "<table>"
@@ -49,7 +49,7 @@ def _lesson(lesson: LessonResult) -> Iterator[str]:
 
 
 def _check(lesson: LessonResult, check: CheckResult) -> str:
-    verdict = "pass" if check.passed else "FAIL"
+    verdict = lesson.verdict(check)
     why = f"<pre>{escape(check.message)}\n{rerun(lesson, check)}</pre>" if check.message else ""
     cells = [f'<td class="{verdict}">{verdict}</td>', f"<td>{check.points}/{check.worth}</td>"]
     return f"<tr>{''.join(cells)}<td>{escape(check.title)}{why}</td></tr>"

@@ -66,9 +66,7 @@ def run(command: Sequence[str], place: Place, limit: float, stdin: bytes = b"", 
         witness = [*alone, *_WITNESS, "-o", str(scratch / "witness")]
         whole = [*(witness if is_witnessed else []), "bwrap", *_arguments(place, scratch), "--", *_limits(), *command]
         status = _run(whole, scratch, limit)
-        output, errors = ((scratch / name).read_bytes()[:OUTPUT_MOST] for name in ("output", "errors"))
-        seen = (scratch / "witness").read_text(errors="replace") if is_witnessed else ""
-    return Ended(-signal.SIGKILL if status is None else status, output, errors, status is None, seen)
+        return _ended(status, scratch, (scratch / "witness").read_text(errors="replace") if is_witnessed else "")
 
 
 def build(command: Sequence[str], tree: Path, made: Path, limit: float) -> Ended:
@@ -87,8 +85,12 @@ def build(command: Sequence[str], tree: Path, made: Path, limit: float) -> Ended
             status = _run(words, scratch, limit, tree, lambda: landlock.keep_only(readable, writable))
         except subprocess.SubprocessError:
             raise MachineError(f"there is no Landlock to build under, and {problem(kvm=False)}") from None
-        output, errors = ((scratch / name).read_bytes()[:OUTPUT_MOST] for name in ("output", "errors"))
-    return Ended(-signal.SIGKILL if status is None else status, output, errors, status is None)
+        return _ended(status, scratch)
+
+
+def _ended(status: int | None, scratch: Path, witness: str = "") -> Ended:
+    output, errors = ((scratch / name).read_bytes()[:OUTPUT_MOST] for name in ("output", "errors"))
+    return Ended(-signal.SIGKILL if status is None else status, output, errors, status is None, witness)
 
 
 def _run(
